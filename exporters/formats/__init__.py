@@ -1,0 +1,1 @@
+"""One file for each format that a model can be written to."""

@@ -1,0 +1,258 @@
+"""An ONNX file: a dense graph with batch normalisation folded away, one file where it fits, no paths inside."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnxscript import ir
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from slimc.errors import OutputError, UsageError
+from slimc.exporters.artifact import whole_file
+from slimc.exporters.formats.batchnorm import fold
+
+# A protobuf ends at 2 GB. Below this the weights travel in the same file, as people expect of a .onnx.
+EXTERNAL_DATA_BYTES = 1_500_000_000
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A written ONNX file.
+
+    `batched` tells for each input whether axis 0 is the free batch axis, named "batch" in the file;
+    `dynamic_batch` whether any is. `unfolded` names each batch normalisation that still follows a
+    convolution, with the reason (it costs time, not correctness). `bytes` counts external data too.
+    """
+
+    path: Path
+    opset: int
+    nodes: int
+    dynamic_batch: bool
+    batched: tuple[bool, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    external_data: bool
+    bytes: int
+    unfolded: tuple[str, ...]
+
+
+def export(program: ExportedProgram, path: Path, *, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> OnnxModel:
+    """Write `program` as ONNX, in the opset that torch chooses, and check the file with `onnx.checker`.
+
+    Weights above `external_data_bytes` go to PATH.data. Raises OutputError if torch has no translation for
+    an operator or the file fails the check; nothing is written then.
+    """
+    translated = _translate(program, path)
+    model = translated.model
+    unfolded = fold(model.graph)
+    _rename_interface(model.graph, program)
+    _rename_dimensions(model.graph)
+    _remove_traces(model)
+    external = sum(value.const_value.nbytes for value in _initializers(model.graph)) > external_data_bytes
+    with whole_file(path) as temporary:
+        translated.save(str(temporary), external_data=external)
+        _check(temporary, path)
+        size = sum(file.stat().st_size for file in temporary.parent.iterdir())
+    batched = tuple(_is_batched(value) for value in model.graph.inputs)
+    return OnnxModel(
+        path=path,
+        opset=int(model.opset_imports[""]),
+        nodes=sum(1 for _ in model.graph.all_nodes()),
+        dynamic_batch=any(batched),
+        batched=batched,
+        input_names=tuple(str(value.name) for value in model.graph.inputs),
+        output_names=tuple(str(value.name) for value in model.graph.outputs),
+        external_data=external,
+        bytes=size,
+        unfolded=unfolded,
+    )
+
+
+def open_session(path: Path) -> Any:
+    """Return an onnxruntime InferenceSession on the CPU; UsageError without onnxruntime."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError(
+            "running an ONNX file needs onnxruntime, which is not installed. Install it with "
+            "`pip install slimc[cpu]` or, for NVIDIA GPUs, `pip install slimc[gpu]`."
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Run an open session on positional inputs; returns the outputs in the file's order."""
+    expected = session.get_inputs()
+    if len(inputs) != len(expected):
+        names = ", ".join(value.name for value in expected)
+        raise UsageError(f"the ONNX model takes {len(expected)} inputs ({names}), not {len(inputs)}")
+    feed = {value.name: tensor.detach().cpu().numpy() for value, tensor in zip(expected, inputs, strict=True)}
+    return [torch.from_numpy(np.array(output)) for output in session.run(None, feed)]
+
+
+def run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Run the file in ONNX Runtime on the CPU with positional inputs; returns the outputs in the file's order."""
+    return run_session(open_session(path), inputs)
+
+
+def _translate(program: ExportedProgram, path: Path) -> torch.onnx.ONNXProgram:
+    try:
+        with _silence():
+            translated = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        causes = [str(cause).strip().splitlines()[0] for cause in _causes(error) if str(cause).strip()]
+        raise OutputError(f"{path}: torch cannot express the model in ONNX: {causes[-1]}") from error
+    assert translated is not None
+    return translated
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's progress, warnings and log lines off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _initializers(graph: ir.Graph) -> Iterator[Any]:
+    yield from (value for value in graph.initializers.values() if value.const_value is not None)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _rename_interface(graph: ir.Graph, program: ExportedProgram) -> None:
+    """Name inputs as forward's arguments and outputs "output", "output_0" ... or as the returned keys."""
+    used = {str(value.name) for value in _values(graph)}
+    inputs = [
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    ]
+    outputs = _output_names(program)
+    if len(outputs) == len(graph.outputs):
+        for value, name in zip(graph.outputs, outputs, strict=True):
+            # An output that is at once a weight or an input has that name already.
+            if not value.is_initializer() and not value.is_graph_input():
+                value.name = _unused(name, used | set(inputs), str(value.name))
+                used.add(value.name)
+    taken = {str(value.name) for value in _values(graph)}
+    if len(inputs) == len(graph.inputs):
+        for value, name in zip(graph.inputs, inputs, strict=True):
+            value.name = _unused(name, taken, str(value.name))
+            taken.add(value.name)
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    signature = program.graph_signature
+    tree = pytree.tree_unflatten(list(signature.user_outputs), program.call_spec.out_spec)
+    paths = pytree.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)[0]
+    tensors = {
+        spec.arg.name
+        for spec in signature.output_specs
+        if isinstance(spec.arg, TensorArgument)  # None and numbers have no place in an ONNX file
+    }
+    return [_path_name(path) for path, leaf in paths if leaf in tensors]
+
+
+def _path_name(path: Iterable[Any]) -> str:
+    parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    if not parts or parts[0].isdigit():
+        parts.insert(0, "output")
+    return re.sub(r"\W+", "_", "_".join(parts))
+
+
+def _unused(name: str, used: set[str], current: str) -> str:
+    if name == current or name not in used:
+        return name
+    return next(candidate for i in range(1, 10**6) if (candidate := f"{name}_{i}") not in used)
+
+
+def _rename_dimensions(graph: ir.Graph) -> None:
+    """Call the batch axis "batch" and other free axes by input and axis, where torch wrote s77."""
+    names: dict[str, str] = {}
+    for axis_first in (True, False):  # axis 0 of the inputs first: the first one found is the batch
+        for value in graph.inputs:
+            for axis, dimension in enumerate(value.shape or ()):
+                if isinstance(dimension, int) or not dimension.value or (axis == 0) != axis_first:
+                    continue
+                fresh = BATCH if axis == 0 and BATCH not in names.values() else f"{value.name}_axis{axis}"
+                names.setdefault(dimension.value, fresh)
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_rename_dimension(dimension, names) for dimension in value.shape])
+
+
+def _rename_dimension(dimension: Any, names: dict[str, str]) -> int | str | None:
+    if isinstance(dimension, int):
+        return dimension
+    if dimension.value is None:
+        return None
+    # Derived axes are expressions such as "2*s77".
+    return re.sub(r"[A-Za-z_]\w*", lambda word: names.get(word[0], word[0]), dimension.value)
+
+
+def _is_batched(value: ir.Value) -> bool:
+    if not value.shape:
+        return False
+    first = value.shape[0]
+    return not isinstance(first, int) and first.value == BATCH
+
+
+def _remove_traces(model: ir.Model) -> None:
+    """Drop documentation and metadata: torch writes stack traces with this machine's paths there."""
+    model.doc_string = None
+    model.metadata_props.clear()
+    model.graph.doc_string = None
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.doc_string = None
+        node.metadata_props.clear()
+    for value in _values(model.graph):
+        value.doc_string = None
+        value.metadata_props.clear()
+        if value.const_value is not None and value.const_value.metadata_props:
+            value.const_value.metadata_props.clear()
+
+
+def _check(written: Path, path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(written))
+    except onnx.checker.ValidationError as error:
+        raise OutputError(f"{path}: the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,217 @@
+"""How long does a file take, and is the slim one really faster? Two files measured in turn, with an interval."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import slimc
+from slimc.errors import InternalError, LoadError, UsageError
+from slimc.exporters import fast_path, machine
+from slimc.exporters.fast_path import FastPath
+from slimc.exporters.paired import CPU, CUDA, TENSORRT, Outcome, Request, Timing
+
+PROVIDERS: Mapping[str, str] = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
+
+# Fewer pairs than this cannot give a 95% interval of a median: all 5 on one side of it has a chance of 6%.
+_MIN_PAIRS = 6
+_START_SECONDS = 600.0  # TensorRT may compile for minutes before the first run
+_CHILD = (
+    "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_module('slimc.exporters.paired', run_name='__main__')"
+)
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """Latency of one or two ONNX files; milliseconds of one call, inputs and outputs in host memory.
+
+    `before_ms` and `after_ms` are medians; `speedup` is the median over pairs of before / after (not the quotient
+    of the medians) and `ci95` its bootstrap 95% interval. With one file, `after` and the ratios are None. With
+    `skipped`, the reason, there is no figure at all. `precision` is the weights' type. `tiny_weights_*` is the
+    share of weights with 0 < |w| < 1e-30. `warnings` are sentences for people.
+    """
+
+    runtime: str
+    provider: str
+    threads: int
+    batch: int | None
+    before_ms: float | None = None
+    after_ms: float | None = None
+    speedup: float | None = None
+    ci95: tuple[float, float] | None = None
+    before: Timing | None = None
+    after: Timing | None = None
+    rounds: int = 0
+    warmup: int = 0
+    precision: str | None = None
+    denormals_flushed: bool | None = None
+    tiny_weights_before: float | None = None
+    tiny_weights_after: float | None = None
+    fast_path_before: FastPath | None = None
+    fast_path_after: FastPath | None = None
+    lost_fast_path: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    skipped: str | None = None
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the two files differ: enough pairs, and an interval that leaves out 1."""
+        if self.ci95 is None or self.rounds < _MIN_PAIRS:
+            return False
+        return self.ci95[0] > 1.0 or self.ci95[1] < 1.0
+
+
+def measure(
+    before: Path,
+    after: Path | None = None,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    batch: int | None = None,
+    budget_seconds: float = 10.0,
+    precision: float = 0.02,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    seed: int = 0,
+) -> LatencyResult:
+    """Measure one file, or two in turn, in a fresh process on random inputs.
+
+    `provider` is cpu, cuda, tensorrt or ONNX Runtime's own name; one that is missing or falls back to another gives
+    a result with `skipped`. `threads` None: the physical cores this process may use. `batch` None: 1, or what the
+    file fixes. Ends when the interval is within ±`precision`, or after `budget_seconds` of running (loading comes
+    on top). `input_shapes` gives sizes to free axes other than the batch. Raises UsageError, LoadError.
+    """
+    runtime = _runtime()
+    request = Request(
+        paths=tuple(str(_file(path)) for path in (before, after) if path is not None),
+        provider=PROVIDERS.get(provider, provider),
+        threads=_positive("threads", threads if threads is not None else machine.physical_cores()),
+        batch=None if batch is None else _positive("batch", batch),
+        budget_seconds=budget_seconds,
+        precision=precision,
+        shapes={name: list(shape) for name, shape in (input_shapes or {}).items()},
+        seed=seed,
+    )
+    answer = _ask(request)
+    if "error" in answer:
+        raise UsageError(answer["error"])
+    if "skipped" in answer:
+        return LatencyResult(runtime, request.provider, request.threads, batch, skipped=answer["skipped"])
+    return _result(runtime, request, _outcome(answer["outcome"]))
+
+
+def _runtime() -> str:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UsageError(
+            "measuring latency needs onnxruntime, which is not installed. Install it with `pip install slimc[cpu]` "
+            "or, for NVIDIA GPUs, `pip install slimc[gpu]`."
+        )
+    return "onnxruntime"
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        raise LoadError(f"{path}: there is no such file")
+    return path.resolve()
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise UsageError(f"{name} is {value}; at least 1 is needed")
+    return value
+
+
+def _ask(request: Request) -> dict[str, Any]:
+    """Run the measuring process; it ends with us, also on KeyboardInterrupt."""
+    # -P and a path put last: what happens to lie in the working directory must not be imported.
+    command = [sys.executable, "-P", "-c", _CHILD, str(Path(slimc.__path__[0]).parent)]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(asdict(request)),
+            capture_output=True,
+            text=True,
+            timeout=_START_SECONDS + 3 * request.budget_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        return {"skipped": f"the measuring process did not end within {error.timeout:.0f} s"}
+    if done.returncode < 0:
+        return {"skipped": f"the measuring process was killed by signal {-done.returncode} (9: likely out of memory)"}
+    if done.returncode:
+        raise InternalError(f"the measuring process failed:\n{done.stderr[-2000:]}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _outcome(data: dict[str, Any]) -> Outcome:
+    """Rebuild the dataclass that JSON flattened."""
+    paths = [
+        None if path is None else FastPath(path["convolutions"], tuple(path["slow"])) for path in data["fast_paths"]
+    ]
+    return Outcome(
+        **{
+            **data,
+            "timings": tuple(Timing(**timing) for timing in data["timings"]),
+            "interval": tuple(data["interval"]) if data["interval"] else None,
+            "dtypes": tuple(data["dtypes"]),
+            "tiny_weights": tuple(data["tiny_weights"]),
+            "fast_paths": tuple(paths),
+            "warnings": tuple(data["warnings"]),
+        }
+    )
+
+
+def _result(runtime: str, request: Request, outcome: Outcome) -> LatencyResult:
+    paired = len(request.paths) == 2
+    lost = fast_path.lost(outcome.fast_paths[0], outcome.fast_paths[1]) if paired else ()
+    return LatencyResult(
+        runtime=runtime,
+        provider=request.provider,
+        threads=request.threads,
+        batch=outcome.batch,
+        before_ms=outcome.timings[0].p50,
+        after_ms=outcome.timings[1].p50 if paired else None,
+        speedup=outcome.speedup,
+        ci95=outcome.interval,
+        before=outcome.timings[0],
+        after=outcome.timings[1] if paired else None,
+        rounds=outcome.rounds,
+        warmup=outcome.warmup,
+        precision=" and ".join(dict.fromkeys(outcome.dtypes)),
+        denormals_flushed=outcome.denormals_flushed,
+        tiny_weights_before=outcome.tiny_weights[0],
+        tiny_weights_after=outcome.tiny_weights[1] if paired else None,
+        fast_path_before=outcome.fast_paths[0],
+        fast_path_after=outcome.fast_paths[1] if paired else None,
+        lost_fast_path=lost,
+        warnings=_warnings(request, outcome, lost),
+    )
+
+
+def _warnings(request: Request, outcome: Outcome, lost: tuple[str, ...]) -> tuple[str, ...]:
+    found = list(outcome.warnings)
+    for path, share in zip(request.paths, outcome.tiny_weights, strict=True):
+        if share > 0.01:
+            found.append(
+                f"{path}: {share:.0%} of the weights are below 1e-30, so products with them are denormal numbers, which are "
+                "slow. They are flushed to zero here; deploy with session.set_denormal_as_zero=1."
+            )
+    if request.provider == CPU and not outcome.denormals_flushed:
+        found.append("denormal numbers were not flushed to zero: tiny weights may slow one of the files")
+    if len(set(outcome.dtypes)) > 1:
+        found.append(f"the files differ in precision: {' and '.join(outcome.dtypes)}")
+    if lost:
+        shown = ", ".join(lost[:5]) + (" ..." if len(lost) > 5 else "")
+        found.append(
+            f"{len(lost)} convolutions lost ONNX Runtime's fast path, which needs channels in multiples of 4: {shown}. "
+            "Use --round-to auto."
+        )
+    if len(request.paths) == 2 and outcome.rounds < _MIN_PAIRS:
+        found.append(f"only {outcome.rounds} pairs fit into the time budget: too few to conclude anything")
+    return tuple(found)

@@ -1,0 +1,191 @@
+"""Does an exported file compute what the model it came from computes?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from slimc.errors import ParityError, UsageError
+from slimc.exporters.formats import onnx as onnx_format
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The worst relative error over all outputs of all input sets.
+
+    `cases` counts input sets, `batches` lists the batch sizes among them in ascending order, and
+    `outputs_vary` tells whether the reference's outputs changed with the inputs' values: if not, the check says little.
+    """
+
+    max_relative_error: float
+    cases: int
+    batches: tuple[int, ...]
+    tolerance: float
+    outputs_vary: bool
+
+
+def check_onnx(
+    path: Path,
+    reference: Callable[..., object],
+    inputs: Sequence[tuple[Tensor, ...]],
+    tolerance: float = 1e-5,
+) -> Parity:
+    """Compare the file, run by ONNX Runtime on the CPU, with `reference(*case)` for each input set.
+
+    The error of an output is max|file - reference| / max|reference|. Raises ParityError, naming output, case
+    and error, if one is above `tolerance` or is not a number; shapes and types must be equal, whole numbers exactly.
+    """
+    session = onnx_format.open_session(path)
+    names = tuple(value.name for value in session.get_outputs())
+    batched = tuple(list(value.shape[:1]) == [onnx_format.BATCH] for value in session.get_inputs())
+    return check(
+        lambda case: onnx_format.run_session(session, case),
+        reference,
+        inputs,
+        names=names,
+        batched=batched,
+        tolerance=tolerance,
+        label=str(path),
+    )
+
+
+def check(
+    run: Callable[[tuple[Tensor, ...]], list[Tensor]],
+    reference: Callable[..., object],
+    inputs: Sequence[tuple[Tensor, ...]],
+    *,
+    names: Sequence[str],
+    batched: Sequence[bool],
+    tolerance: float,
+    label: str,
+) -> Parity:
+    """Compare any runner with `reference`, as `check_onnx` does; `label` opens each message."""
+    if not inputs:
+        raise UsageError(f"{label}: parity needs at least one set of inputs")
+    actual = [run(case) for case in inputs]
+    with torch.no_grad():
+        expected = [_tensors(reference(*case)) for case in inputs]
+    scales = [_common_scale(outputs) for outputs in zip(*expected, strict=True)]
+    worst = 0.0
+    for case, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
+        where = f"{label}: case {case + 1} of {len(inputs)} (inputs {_shapes(inputs[case])})"
+        if not len(got) == len(wanted) == len(names):
+            raise ParityError(f"{where}: the file has {len(got)} outputs, the model {len(wanted)}")
+        for name, one, other, scale in zip(names, got, wanted, scales, strict=True):
+            error = relative_error(one, other, scale, where=f"{where}: output {name!r}")
+            if not error <= tolerance:
+                raise ParityError(
+                    f"{where}: output {name!r} differs from the model's by {error:.1e} relative to its largest value; "
+                    f"at most {tolerance:.0e} is allowed. The file is not used; please report the model."
+                )
+            worst = max(worst, error)
+    return Parity(worst, len(inputs), _batches(inputs, batched), tolerance, _vary(expected))
+
+
+def relative_error(actual: Tensor, expected: Tensor, zero_scale: float = 0.0, *, where: str = "output") -> float:
+    """Return max|actual - expected| / max|expected|, computed in float64.
+
+    Where `expected` is all zero, `zero_scale` divides instead (the output's largest value in other cases); if that
+    is zero too, any difference is an infinite error. Whole numbers and truth values: 0 if all equal, else infinite.
+    Raises ParityError if shapes or types differ, a value is not a number, or infinities are in other places.
+    """
+    if actual.shape != expected.shape:
+        raise ParityError(f"{where} has shape {list(actual.shape)}; the model gives {list(expected.shape)}")
+    if actual.dtype != expected.dtype:
+        raise ParityError(f"{where} has type {actual.dtype}; the model gives {expected.dtype}")
+    if expected.numel() == 0:
+        return 0.0
+    if not expected.dtype.is_floating_point:
+        return 0.0 if torch.equal(actual, expected) else math.inf
+    actual, expected = actual.double(), expected.double()
+    if expected.isnan().any():
+        raise ParityError(f"{where} of the model itself is not a number (NaN), so nothing can be compared")
+    if actual.isnan().any():
+        raise ParityError(f"{where} is not a number (NaN); the model gives numbers")
+    finite = expected.isfinite()
+    if not torch.equal(actual[~finite], expected[~finite]) or not actual[finite].isfinite().all():
+        raise ParityError(f"{where} is infinite in other places than the model's")
+    if not finite.any():
+        return 0.0
+    difference = (actual[finite] - expected[finite]).abs().max().item()
+    scale = expected[finite].abs().max().item() or zero_scale
+    if difference == 0.0:
+        return 0.0
+    return difference / scale if scale else math.inf
+
+
+def other_inputs(
+    example: tuple[Tensor, ...],
+    batched: Sequence[bool],
+    *,
+    batches: Sequence[int] = (1, 3),
+    seed: int = 0,
+) -> list[tuple[Tensor, ...]]:
+    """Return `example` and more input sets like it: other values, then each of `batches` where a batch axis is free.
+
+    Floats are drawn from the example's own values (normal noise where those are all equal), whole numbers from the
+    example's range, so that indices stay valid. `batched` tells for each input whether axis 0 is a free batch axis.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes: list[int | None] = [None, *(batches if any(batched) else ())]
+    varied = [
+        tuple(_like(tensor, size if free else None, generator) for tensor, free in zip(example, batched, strict=True))
+        for size in sizes
+    ]
+    return [example, *varied]
+
+
+def _like(tensor: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
+    shape = list(tensor.shape)
+    if batch is not None:
+        shape[0] = batch
+    if tensor.numel() == 0:
+        return tensor.new_zeros(shape)
+    values = tensor.detach().cpu().flatten()
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool):
+        low, high = int(values.min()), int(values.max())
+        drawn = torch.randint(low, high + 1, shape, generator=generator, dtype=tensor.dtype)
+    elif tensor.dtype.is_floating_point and bool((values == values[0]).all()):
+        drawn = (values[0] + torch.randn(shape, generator=generator)).to(tensor.dtype)
+    else:
+        drawn = values[torch.randint(values.numel(), shape, generator=generator)]
+    return drawn.to(tensor.device)
+
+
+def _tensors(outputs: object) -> list[Tensor]:
+    return [leaf.detach().cpu() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _common_scale(outputs: Iterable[Tensor]) -> float:
+    """Return the largest finite magnitude of one output over all cases."""
+    scale = 0.0
+    for output in outputs:
+        if output.dtype.is_floating_point and output.isfinite().any():
+            scale = max(scale, output[output.isfinite()].double().abs().max().item())
+    return scale
+
+
+def _vary(expected: Sequence[Sequence[Tensor]]) -> bool:
+    first = expected[0]
+    return any(
+        one.shape == other.shape and not torch.equal(one, other)
+        for outputs in expected[1:]
+        for one, other in zip(first, outputs, strict=True)
+    )
+
+
+def _shapes(case: tuple[Tensor, ...]) -> str:
+    return ", ".join("×".join(map(str, tensor.shape)) or "scalar" for tensor in case)
+
+
+def _batches(inputs: Sequence[tuple[Tensor, ...]], batched: Sequence[bool]) -> tuple[int, ...]:
+    """Return the sizes of the batch axis: of the inputs where it is free, else axis 0 of the first input."""
+    chosen = next((index for index, free in enumerate(batched) if free), 0)
+    sizes = {case[chosen].shape[0] for case in inputs if len(case) > chosen and case[chosen].dim()}
+    return tuple(sorted(sizes))

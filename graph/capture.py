@@ -1,0 +1,241 @@
+"""Capture: from an nn.Module to one graph of ATen operators.
+
+`torch.export` runs at the level before decomposition, with a dynamic batch axis where the model allows one.
+The graph keeps symbolic sizes as nodes, so the same graph serves inference (with the example's sizes),
+verification and export; the rewriter only touches literal sizes. Where the batch cannot be dynamic the graph
+is captured with the example's shapes and `Captured.batch_note` says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from slimc.errors import CaptureError, UsageError
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs to run a model on: positional and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @staticmethod
+    def of(inputs: Any) -> Example:
+        """A tensor, a tuple or list of arguments, or a dictionary of keyword arguments."""
+        if isinstance(inputs, Example):
+            return inputs
+        if isinstance(inputs, Tensor):
+            return Example((inputs,), {})
+        if isinstance(inputs, Mapping):
+            return Example((), dict(inputs))
+        if isinstance(inputs, (tuple, list)):
+            return Example(tuple(inputs), {})
+        raise UsageError(
+            f"example inputs are {type(inputs).__name__}; give a tensor, a tuple of arguments or a dictionary"
+        )
+
+    def map(self, change: Any) -> Example:
+        """The same arguments with every tensor replaced by `change(tensor)`."""
+        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in order."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def run(self, model: Any) -> Any:
+        """Call a model with these inputs."""
+        return model(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph.
+
+    module: the graph; parameters and buffers are `get_attr` nodes named by their fully qualified names.
+    example: the inputs it was captured with (batch doubled where the given batch was one).
+    dynamic_shapes: what `torch.export` needs to capture the graph again with a dynamic batch; None if static.
+    batch: the example's batch size, by which per-sample costs are divided.
+    batch_note: why the batch axis is fixed, else None.
+    """
+
+    module: GraphModule
+    example: Example
+    dynamic_shapes: Any | None
+    batch: int
+    batch_note: str | None
+
+
+def capture(model: nn.Module, inputs: Any) -> Captured:
+    """Capture a model in eval mode; the model must be the caller's to change (it is put in eval mode).
+
+    Raises CaptureError naming module and source line where the model cannot be captured.
+    """
+    model.eval()
+    given = Example.of(inputs)
+    _check_devices(model, given)
+    with torch.no_grad(), tensors_only(model):
+        _run(model, given)
+        doubled = _batched(model, given)
+        note = "the model does not accept another batch size"
+        if doubled is not None:
+            for batch in (torch.export.Dim("batch"), torch.export.Dim.AUTO):
+                spec = _batch_spec(doubled, batch)
+                try:
+                    return _captured(_export(model, doubled, spec), doubled, spec)
+                except Exception as error:
+                    note = f"torch.export could not keep the batch size open: {_first_line(error)}"
+        try:
+            program = _export(model, given, None)
+        except Exception as error:
+            raise CaptureError(_explain(model, error)) from error
+        return dataclasses.replace(_captured(program, given, None), batch_note=note)
+
+
+def program_of(module: GraphModule, captured: Captured) -> torch.export.ExportedProgram:
+    """An exported program of a graph with the inputs (and the open batch) of `captured`."""
+    with torch.no_grad():
+        return _export(module, captured.example, captured.dynamic_shapes)
+
+
+def _export(model: nn.Module, example: Example, spec: Any | None) -> torch.export.ExportedProgram:
+    return torch.export.export(
+        model, example.args, example.kwargs or None, dynamic_shapes=spec, strict=False
+    )
+
+
+def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any | None) -> Captured:
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    is_open = any(_is_open(node) for node in module.graph.nodes)
+    note = None if spec is None or is_open else "the model's operators fix the batch size"
+    batch = batch_of(example)
+    return Captured(module, example, spec if is_open else None, batch, note)
+
+
+def _is_open(node: Node) -> bool:
+    value = node.meta.get("val")
+    return node.op == "placeholder" and isinstance(value, Tensor) and any(not isinstance(s, int) for s in value.shape)
+
+
+def batch_of(example: Example) -> int:
+    """The size of the first axis of the first tensor that has axes; 1 if there is none."""
+    return next((tensor.shape[0] for tensor in example.tensors() if tensor.dim() > 0), 1)
+
+
+def _batched(model: nn.Module, given: Example) -> Example | None:
+    """The example with a batch of at least two (torch.export treats one as special), if the model takes it."""
+    size = batch_of(given)
+    if size > 1:
+        return given
+    doubled = given.map(lambda t: torch.cat([t, t]) if t.dim() > 0 and t.shape[0] == size else t)
+    try:
+        before, after = (_leaves(example.run(model)) for example in (given, doubled))
+    except Exception:
+        return None
+    grew = any(b.dim() > 0 and a.shape[:1] == (2 * b.shape[0],) for a, b in zip(after, before, strict=False))
+    return doubled if grew else None
+
+
+def _batch_spec(example: Example, batch: Any) -> Any:
+    size = batch_of(example)
+
+    def axes(leaf: Any) -> Any:
+        return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size else None
+
+    # torch.export wants positional arguments by order and keyword arguments by name.
+    args = pytree.tree_map(axes, example.args)
+    return args if not example.kwargs else {**_by_name(args), **pytree.tree_map(axes, example.kwargs)}
+
+
+def _by_name(args: Sequence[Any]) -> dict[str, Any]:
+    if args:
+        raise UsageError("give example inputs either as a tuple of arguments or as a dictionary, not both")
+    return {}
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def tensors_only(model: nn.Module) -> Iterator[None]:
+    """Let the model return only the tensors of its output: cache objects and the like cannot be exported."""
+    handle = model.register_forward_hook(lambda _module, _args, output: _strip(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _strip(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        kept = {key: _strip(value) for key, value in output.items()}
+        return {key: value for key, value in kept.items() if value is not None}
+    if isinstance(output, (tuple, list)):
+        return tuple(value for value in map(_strip, output) if value is not None)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return _strip({f.name: getattr(output, f.name) for f in dataclasses.fields(output)})
+    return None
+
+
+def _run(model: nn.Module, example: Example) -> None:
+    try:
+        output = example.run(model)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in example.tensors())
+        raise CaptureError(
+            f"the model does not run on the example input of shape {shapes}: {_first_line(error)}. "
+            "Give inputs that fit with --input, or example_inputs in Python."
+        ) from error
+    leaves = _leaves(output)
+    if not leaves:
+        raise CaptureError("the model returns no tensor, so there is nothing that compression could preserve")
+    if not all(leaf.isfinite().all() for leaf in leaves):
+        raise CaptureError(
+            "the model's output on the example input is not finite (NaN or infinity). "
+            "Check its weights, or give a realistic input with --input."
+        )
+
+
+def _check_devices(model: nn.Module, example: Example) -> None:
+    devices = {tensor.device for tensor in model.state_dict().values()}
+    if len(devices) > 1:
+        raise CaptureError(f"the model is spread over several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
+    for tensor in example.tensors():
+        if devices and tensor.device not in devices:
+            raise UsageError(f"the example input is on {tensor.device} but the model on {devices.pop()}; move one of them")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _explain(model: nn.Module, error: BaseException) -> str:
+    """Say which line of the user's code stopped the capture."""
+    where = ""
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in name and "/slimc/" not in name and not name.startswith("<"):
+            owner = trace.tb_frame.f_locals.get("self")
+            kind = f"{type(owner).__name__} at " if isinstance(owner, nn.Module) else ""
+            where = f" in {kind}{name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return (
+        f"{type(model).__name__} cannot be captured{where}: {_first_line(error)}. "
+        "Control flow that depends on the data of a tensor cannot be compiled; move it out of forward()."
+    )

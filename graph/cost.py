@@ -1,0 +1,146 @@
+"""Costs as polynomials in group widths.
+
+Counting conventions: one MAC is one multiply-accumulate of a convolution, linear layer, matrix product,
+attention or recurrence (a FLOP counter that counts additions apart gives twice as many); additions of biases,
+normalisations, activations and pooling are not counted. All costs are per sample. Activation memory is the
+largest sum of bytes of values that are alive at one moment when operators run one by one; views share the
+storage of what they view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .groups import Grouping
+from .infer import Types, attribute, tensors_of
+from .rule import operator_name
+from .terms import Terms
+
+Widths = npt.NDArray[np.int64]
+
+# These return their input when there is nothing to do, which is the case at inference.
+_PASSES = {"dropout", "contiguous", "to", "alias", "detach", "reshape", "flatten"}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one choice of widths costs, per sample."""
+
+    macs: float
+    params: int
+    size: int
+    memory: float
+
+
+class Model:
+    """The cost of every choice of widths, ready to be evaluated in microseconds."""
+
+    def __init__(self, types: Types, grouping: Grouping) -> None:
+        self._batch = types.captured.batch
+        self._monomials(grouping)
+        number = grouping.axis_number
+        self._macs = _Products([(c, [number[id(a)] for a in axes]) for c, axes in types.macs])
+        owners = [(name, [number[id(a)] for a in axes]) for name, axes in types.tensors.items()]
+        tensors = {name: attribute(types.captured.module, name) for name, _ in owners}
+        trained = [(1.0, axes) for name, axes in owners if isinstance(tensors[name], torch.nn.Parameter)]
+        self._params = _Products(trained)
+        self._bytes = _Products([(float(tensors[name].element_size()), axes) for name, axes in owners])
+        self._values, self._birth, self._death = _lifetimes(types, number)
+        self._unused_params, self._unused_bytes = _unused(types)
+
+    def __call__(self, widths: Widths) -> Costs:
+        """Costs at these widths, one per group."""
+        sizes = self.sizes(widths)
+        alive = self._values(sizes)
+        change = np.zeros(int(self._death.max(initial=0)) + 2)
+        np.add.at(change, self._birth, alive)
+        np.add.at(change, self._death + 1, -alive)
+        return Costs(
+            macs=float(self._macs(sizes).sum()) / self._batch,
+            params=round(float(self._params(sizes).sum())) + self._unused_params,
+            size=round(float(self._bytes(sizes).sum())) + self._unused_bytes,
+            memory=float(np.cumsum(change).max()) / self._batch,
+        )
+
+    def sizes(self, widths: Widths) -> npt.NDArray[np.float64]:
+        """The size of every distinct axis."""
+        extended = np.append(widths, 1).astype(np.float64)
+        return np.bincount(self._axis, self._coefficient * extended[self._groups].prod(axis=1), self._count)
+
+    def _monomials(self, grouping: Grouping) -> None:
+        flat = [(i, c, groups) for i, axis in enumerate(grouping.axes) for c, groups in axis.terms]
+        most = max((len(groups) for _, _, groups in flat), default=0) or 1
+        self._count = len(grouping.axes)
+        self._axis = np.array([i for i, _, _ in flat], np.int64)
+        self._coefficient = np.array([c for _, c, _ in flat], np.float64)
+        # -1 points at the one appended to the widths
+        self._groups = np.array([[*g, *[-1] * (most - len(g))] for _, _, g in flat], np.int64).reshape(-1, most)
+
+
+class _Products:
+    """Constants times products of axis sizes, one number per entry."""
+
+    def __init__(self, entries: list[tuple[float, list[int]]]) -> None:
+        most = max((len(axes) for _, axes in entries), default=0) or 1
+        self._constant = np.array([c for c, _ in entries], np.float64)
+        self._axes = np.array([[*a, *[-1] * (most - len(a))] for _, a in entries], np.int64).reshape(-1, most)
+
+    def __call__(self, sizes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        extended = np.append(sizes, 1.0)
+        result: npt.NDArray[np.float64] = self._constant * extended[self._axes].prod(axis=1)
+        return result
+
+
+def _unused(types: Types) -> tuple[int, int]:
+    """Parameters and bytes that the graph never reads but the file carries."""
+    module = types.captured.module
+    used = {id(attribute(module, name)) for name in types.tensors}
+    rest = {id(t): t for t in [*module.parameters(), *module.buffers()] if id(t) not in used}.values()
+    params = sum(t.numel() for t in rest if isinstance(t, torch.nn.Parameter))
+    return params, sum(t.numel() * t.element_size() for t in rest)
+
+
+def _lifetimes(types: Types, number: dict[int, int]) -> tuple[_Products, Terms, Terms]:
+    """For every storage: its size, the step that makes it and the last step that reads it or a view of it."""
+    base: dict[Node, Node] = {}
+    birth: dict[Node, int] = {}
+    death: dict[Node, int] = {}
+    entries: list[tuple[float, list[int]]] = []
+    owners: list[Node] = []
+    for step, node in enumerate(types.captured.module.graph.nodes):
+        for source in node.all_input_nodes:
+            if (owner := base.get(source)) is not None and owner in birth:
+                death[owner] = step
+        if node.op in ("get_attr", "output") or types.values.get(node) is None:
+            continue
+        base[node] = _storage(node, base)
+        if base[node] is not node:
+            continue
+        birth[node] = death[node] = step
+        values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+        for value, axes in zip([v for v in values if isinstance(v, Tensor)], tensors_of(types.values[node]), strict=False):
+            entries.append((float(value.dtype.itemsize), [number[id(axis)] for axis in axes]))
+            owners.append(node)
+    return (
+        _Products(entries),
+        np.array([birth[n] for n in owners], np.int64),
+        np.array([death[n] for n in owners], np.int64),
+    )
+
+
+def _storage(node: Node, base: dict[Node, Node]) -> Node:
+    """The node whose storage a node's value lies in: itself, unless it is a view or in place."""
+    source: Any = node.args[0] if node.args else None
+    if not isinstance(source, Node) or source not in base:
+        return node
+    if operator_name(node) in ("getitem", *_PASSES):
+        return base[source]
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else []
+    return base[source] if returns and returns[0].alias_info is not None else node

@@ -1,0 +1,265 @@
+"""Groups: the channels that can stand in for each other.
+
+Two variables are in one group when they remove the same number of indices from the same axes, beside the same
+groups. Colour refinement finds the coarsest such partition: every variable starts with one colour, and its next
+colour is a hash of its places and of the colours that it is multiplied with there, until nothing splits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .infer import Types, tensors_of
+from .terms import Terms
+
+Words = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of a parameter or buffer that a group shrinks; each channel removes `each` indices of it."""
+
+    tensor: str
+    axis: int
+    each: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can stand in for each other.
+
+    number: the group's place in the list of groups.
+    variables: [width] the variable of each channel, in order of first appearance.
+    exact: False where some normalisation takes its statistics over these channels.
+    floor: how many channels must stay so that no axis becomes empty.
+    """
+
+    number: int
+    name: str
+    variables: Terms
+    members: tuple[Member, ...]
+    exact: bool
+    floor: int
+
+    @property
+    def width(self) -> int:
+        """How many channels there are."""
+        return len(self.variables)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The size of an axis as a polynomial: the sum of coefficients times products of group widths."""
+
+    terms: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """All groups of a model.
+
+    group_of: [variables] the number of each variable's group, -1 for variables that touch no parameter.
+    axes: the size polynomial of every distinct axis, found by `axis_number` from the identity of its array.
+    """
+
+    groups: tuple[Group, ...]
+    group_of: Terms
+    axes: tuple[Axis, ...]
+    axis_number: dict[int, int]
+
+
+def group(types: Types) -> Grouping:
+    """Partition the variables that touch parameters into groups."""
+    axes = _distinct_axes(types)
+    factors = [types.solution.factors(axis) for axis in axes]
+    count = types.solution.variables
+    colour = _refine(factors, count)
+    while True:
+        sizes, irregular = _polynomials(factors, colour)
+        if not irregular.size:
+            break
+        # Not every combination of two groups exists; apart, each variable is a group and any set is complete.
+        alone = np.isin(colour, irregular)
+        colour = np.where(alone, np.arange(count) + colour.max() + 1, colour)
+        colour = np.unique(colour, return_inverse=True)[1]
+    return _named(types, axes, factors, colour, sizes)
+
+
+def _distinct_axes(types: Types) -> list[Terms]:
+    """Every axis array once: parameters first, in order, then values."""
+    seen: dict[int, Terms] = {}
+    for value in (*types.tensors.values(), *types.values.values()):
+        for axes in tensors_of(value):
+            for axis in axes:
+                seen.setdefault(id(axis), axis)
+    for _, formula in types.macs:
+        for axis in formula:
+            seen.setdefault(id(axis), axis)
+    return list(seen.values())
+
+
+def _refine(factors: list[Terms], count: int) -> Terms:
+    if not count:
+        return np.zeros(0, np.int64)
+    place = np.concatenate([np.full(len(f), i) for i, f in enumerate(factors)])
+    rows = np.concatenate(factors)
+    live = (rows >= 0).any(axis=1)
+    place, rows = place[live], rows[live]
+    if rows.shape[1] > 1 and not (rows[:, 1:] >= 0).any():
+        rows = rows[:, :1]
+    colour = np.zeros(count, np.int64)
+    kinds = 1
+    while True:
+        mixed = _signatures(place, rows, colour, count)
+        refined = np.unique(mixed, return_inverse=True)[1]
+        if refined.max() + 1 == kinds:
+            return refined
+        colour, kinds = refined, int(refined.max()) + 1
+        if rows.shape[1] == 1:
+            return refined
+
+
+def _signatures(place: Terms, rows: Terms, colour: Terms, count: int) -> Words:
+    """A hash per variable of where it occurs and what stands beside it; sums make the order not matter."""
+    ids = _scramble(colour.astype(np.uint64) + np.uint64(1))
+    present = rows >= 0
+    each = np.where(present, ids[np.maximum(rows, 0)], np.uint64(0))
+    beside = each.sum(axis=1, dtype=np.uint64)
+    total = ids.copy()
+    for column in range(rows.shape[1]):
+        here = present[:, column]
+        word = _scramble(place[here].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ (beside - each[:, column])[here])
+        np.add.at(total, rows[here, column], word)
+    return total
+
+
+def _scramble(words: Words) -> Words:
+    """splitmix64's finaliser: near inputs give unrelated outputs."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _polynomials(factors: list[Terms], colour: Terms) -> tuple[list[Axis], Terms]:
+    """Each axis as a polynomial in widths of colours; and colours for which that is not exact."""
+    widths = np.bincount(colour) if len(colour) else np.zeros(1, np.int64)
+    found, irregular = [], []
+    for rows in factors:
+        if not (rows >= 0).any():
+            found.append(Axis(((len(rows), ()),)))
+        elif rows.shape[1] == 1 or not (rows[:, 1:] >= 0).any():
+            found.append(_sum(rows[:, 0], colour, widths))
+        else:
+            axis, wrong = _sum_of_products(rows, colour, widths)
+            found.append(axis)
+            irregular.extend(wrong)
+    return found, np.unique(np.array(irregular, np.int64))
+
+
+def _sum(variables: Terms, colour: Terms, widths: Terms) -> Axis:
+    constant = int((variables < 0).sum())
+    counts = np.bincount(colour[variables[variables >= 0]], minlength=len(widths))
+    terms = [(int(counts[c]) // int(widths[c]), (int(c),)) for c in np.flatnonzero(counts)]
+    return Axis((*([(constant, ())] if constant else []), *terms))
+
+
+def _sum_of_products(rows: Terms, colour: Terms, widths: Terms) -> tuple[Axis, list[int]]:
+    kinds = np.where(rows >= 0, colour[np.maximum(rows, 0)], -1)
+    order = np.argsort(kinds, axis=1)
+    kinds, rows = np.take_along_axis(kinds, order, 1), np.take_along_axis(rows, order, 1)
+    unique, which = np.unique(kinds, axis=0, return_inverse=True)
+    terms: list[tuple[int, tuple[int, ...]]] = []
+    wrong: list[int] = []
+    for number, kind in enumerate(unique):
+        chosen = rows[which.ravel() == number]
+        names = tuple(int(c) for c in kind if c >= 0)
+        combinations = int(np.prod([widths[c] for c in names]))
+        _, times = np.unique(chosen, axis=0, return_counts=True)
+        if len(names) != len(set(names)) or len(times) != combinations or (times != times[0]).any():
+            wrong.extend(names)
+        terms.append((len(chosen) // max(1, combinations), names))
+    return Axis(tuple(terms)), wrong
+
+
+def _named(types: Types, axes: list[Terms], factors: list[Terms], colour: Terms, sizes: list[Axis]) -> Grouping:
+    """Number the groups that touch parameters, in order of first appearance, and describe them."""
+    numbers = {id(axis): i for i, axis in enumerate(axes)}
+    members: dict[int, list[Member]] = {}
+    for name, tensor_axes in types.tensors.items():
+        for position, axis in enumerate(tensor_axes):
+            for kind in {c for _, kinds in sizes[numbers[id(axis)]].terms for c in kinds}:
+                each = _each(factors[numbers[id(axis)]], colour, kind)
+                members.setdefault(kind, []).append(Member(name, position, each))
+    renormalised = _colours_of([axis for _, axis in types.renormalising], types, colour)
+    floors = _anchors(sizes)
+    variables = _by_colour(colour)
+    order = {kind: number for number, kind in enumerate(members)}
+    labels = _labels(members)
+    groups = tuple(
+        Group(number, labels[kind], variables[kind], tuple(members[kind]), kind not in renormalised, int(kind in floors))
+        for kind, number in order.items()
+    )
+    lookup = np.full(int(colour.max()) + 1 if len(colour) else 1, -1)
+    for kind, number in order.items():
+        lookup[kind] = number
+    return Grouping(groups, lookup[colour] if len(colour) else colour, tuple(_renumber(sizes, lookup, colour)), numbers)
+
+
+def _renumber(sizes: list[Axis], lookup: Terms, colour: Terms) -> list[Axis]:
+    """Polynomials over groups; what touches no parameter always stays and is a constant."""
+    widths = np.bincount(colour) if len(colour) else np.zeros(1, np.int64)
+    renumbered = []
+    for axis in sizes:
+        terms = []
+        for count, kinds in axis.terms:
+            stays = int(np.prod([widths[c] for c in kinds if lookup[c] < 0], initial=1))
+            terms.append((count * stays, tuple(int(lookup[c]) for c in kinds if lookup[c] >= 0)))
+        renumbered.append(Axis(tuple(terms)))
+    return renumbered
+
+
+def _each(rows: Terms, colour: Terms, kind: int) -> int:
+    """Indices that one channel of a kind removes from an axis."""
+    owners = rows[(rows >= 0) & (colour[np.maximum(rows, 0)] == kind)]
+    return int((owners == owners[0]).sum())
+
+
+def _colours_of(axes: list[Terms], types: Types, colour: Terms) -> set[int]:
+    found: set[int] = set()
+    for axis in axes:
+        rows = types.solution.factors(axis)
+        found.update(np.unique(colour[rows[rows >= 0]]).tolist())
+    return found
+
+
+def _anchors(sizes: list[Axis]) -> set[int]:
+    """Kinds that must keep a channel: in every axis without a constant, those of the largest term."""
+    anchors: set[int] = set()
+    for axis in sizes:
+        if any(not kinds for _, kinds in axis.terms) or any(set(kinds) <= anchors for _, kinds in axis.terms):
+            continue
+        anchors.update(max(axis.terms, key=lambda term: term[0])[1])
+    return anchors
+
+
+def _by_colour(colour: Terms) -> list[Terms]:
+    if not len(colour):
+        return []
+    order = np.argsort(colour, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(colour))[:-1])
+
+
+def _labels(members: dict[int, list[Member]]) -> dict[int, str]:
+    """Each group by the first axis that it shrinks; repeats are numbered."""
+    used: dict[str, int] = {}
+    labels = {}
+    for kind, places in members.items():
+        first = min(places, key=lambda m: (m.axis != 0, places.index(m)))
+        label = first.tensor if first.axis == 0 else f"{first.tensor}:{first.axis}"
+        used[label] = used.get(label, 0) + 1
+        labels[kind] = label if used[label] == 1 else f"{label}#{used[label]}"
+    return labels

@@ -1,0 +1,231 @@
+"""Channel inference: walk the graph once and give every axis of every value its terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from . import rule
+from .capture import Captured
+from .rule import Axes, Value, arguments, operator_name
+from .terms import FROZEN, Cause, Solution, Store, Terms
+
+
+@dataclass(frozen=True)
+class Types:
+    """What inference found.
+
+    values: axes of each node's value (a tuple of axes for several results, None for what is no tensor).
+    tensors: axes of each parameter and buffer that the graph uses, by fully qualified name.
+    aliases: names of the same tensor, for each name in `tensors` that has any.
+    renormalising: axes over which statistics are taken, with the node that takes them.
+    macs: multiply-accumulates of the example batch: constants times products of axis sizes.
+    unknown: operators without a rule, each once per node.
+    """
+
+    captured: Captured
+    values: dict[Node, Value]
+    tensors: dict[str, Axes]
+    aliases: dict[str, tuple[str, ...]]
+    renormalising: tuple[tuple[Node, Terms], ...]
+    macs: tuple[tuple[float, tuple[Terms, ...]], ...]
+    unknown: tuple[Cause, ...]
+    store: Store
+    solution: Solution
+
+
+def infer(captured: Captured) -> Types:
+    """Infer the channel types of a captured graph."""
+    rule.load()
+    walk = Inference(captured)
+    for node in captured.module.graph.nodes:
+        walk.values[node] = walk.visit(node)
+    return Types(
+        captured,
+        walk.values,
+        walk.tensors,
+        {name: tuple(names) for name, names in walk.aliases.items() if len(names) > 1},
+        tuple(walk.renormalising),
+        tuple(walk.macs),
+        tuple(walk.unknown),
+        walk.store,
+        walk.store.solve(),
+    )
+
+
+class Inference:
+    """The state of one walk; rules read axes and sizes from it and unify through it."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.module: GraphModule = captured.module
+        self.store = Store()
+        self.values: dict[Node, Value] = {}
+        self.tensors: dict[str, Axes] = {}
+        self.aliases: dict[str, list[str]] = {}
+        self.renormalising: list[tuple[Node, Terms]] = []
+        self.macs: list[tuple[float, tuple[Terms, ...]]] = []
+        self.unknown: list[Cause] = []
+        self._name_of: dict[int, str] = {}
+
+    # -- what rules ask -------------------------------------------------------------------------------
+
+    def axes(self, node: Any) -> Axes:
+        """The axes of a tensor argument."""
+        value = self.values[node]
+        assert isinstance(value, tuple)
+        return value
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """The size of each axis, in the example."""
+        return tuple(len(axis) for axis in self.axes(node))
+
+    def number(self, argument: Any) -> Any:
+        """An argument with symbolic sizes replaced by the example's."""
+        if isinstance(argument, Node):
+            return hint(argument.meta["val"])
+        if isinstance(argument, (list, tuple)):
+            return [self.number(item) for item in argument]
+        return argument
+
+    def out_shape(self, node: Node) -> tuple[int, ...]:
+        """The shape of a node's own (single) result, in the example."""
+        return tuple(hint(size) for size in node.meta["val"].shape)
+
+    def cause(self, node: Node, reason: str, kind: str = "limit") -> Cause:
+        """A cause that names a node."""
+        return Cause(node.name, str(node.target), module_path(node), reason, kind)
+
+    def unify(self, node: Node, left: Terms, right: Terms) -> None:
+        """Make two axes one at this node."""
+        if left is not right:
+            self.store.unify(left, right, self.cause(node, "its channels do not match one to one"))
+
+    def freeze(self, node: Node, axis: Terms, reason: str, kind: str = "limit") -> None:
+        """Make an axis stay."""
+        if axis.any():
+            self.store.freeze(axis, self.cause(node, reason, kind))
+
+    def renormalise(self, node: Node, axis: Terms) -> None:
+        """Note that statistics are taken over an axis that may shrink."""
+        if axis.any():
+            self.renormalising.append((node, axis))
+
+    def frozen(self, shape: Sequence[int]) -> Axes:
+        """Axes that are no channels."""
+        return tuple(self.store.frozen(size) for size in shape)
+
+    # -- walking --------------------------------------------------------------------------------------
+
+    def visit(self, node: Node) -> Value:
+        """The value of one node."""
+        if node.op == "get_attr":
+            return self._tensor(str(node.target))
+        if node.op == "placeholder":
+            return self._input(node)
+        if node.op == "output":
+            self._freeze_all(node, "the model's output keeps its size", "boundary")
+            return None
+        if not _is_tensor(node.meta.get("val")):
+            return self._no_tensor(node)
+        name = operator_name(node)
+        function = rule.INFER.get(name)
+        if function is None and rule.is_pointwise(node):
+            function = rule.INFER["pointwise"]
+        if function is None:
+            return self._unknown(node)
+        value = self.values[node] = function(self, node)
+        if name in rule.COUNT:
+            self.macs.extend((c, tuple(axes)) for c, axes in rule.COUNT[name](self, node))
+        return value
+
+    def _tensor(self, name: str) -> Value:
+        tensor = attribute(self.module, name)
+        if not isinstance(tensor, Tensor):
+            return None
+        # Tied weights reach the graph under several names; one tensor has one set of axes.
+        first = self._name_of.setdefault(id(tensor), name)
+        self.aliases.setdefault(first, [])
+        if name not in self.aliases[first]:
+            self.aliases[first].append(name)
+        if first not in self.tensors:
+            whole = not tensor.is_floating_point()  # integers are positions and counts, never channels
+            axes = (self.store.frozen(size) if whole else self.store.fresh(size) for size in tensor.shape)
+            self.tensors[first] = tuple(axes)
+        return self.tensors[first]
+
+    def _input(self, node: Node) -> Value:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+        cause = self.cause(node, "the model's input keeps its size", "boundary")
+        axes = []
+        for position, size in enumerate(self.out_shape(node)):
+            axis = self.store.frozen(size)
+            if position == 1 and size > 1:  # named, so that a reader's axis can say why it is frozen
+                axis = self.store.fresh(size)
+                self.store.freeze(axis, cause)
+            axes.append(axis)
+        return tuple(axes)
+
+    def _no_tensor(self, node: Node) -> Value:
+        """Sizes and assertions carry no channels; data that leaves the graph freezes what it came from."""
+        if operator_name(node) in ("item", "_local_scalar_dense"):
+            self._freeze_all(node, "its value leaves the tensor world", "unknown")
+        return None
+
+    def _unknown(self, node: Node) -> Value:
+        cause = self.cause(node, "no rule for this operator, so its channels are left alone", "unknown")
+        self.unknown.append(cause)
+        self._freeze_all(node, cause.reason, "unknown")
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            return self.frozen(self.out_shape(node))
+        return tuple(
+            self.frozen([hint(size) for size in item.shape]) if isinstance(item, Tensor) else None for item in value
+        )
+
+    def _freeze_all(self, node: Node, reason: str, kind: str) -> None:
+        for source in node.all_input_nodes:
+            for axes in tensors_of(self.values[source]):
+                for axis in axes:
+                    self.freeze(node, axis, reason, kind)
+
+
+def tensors_of(value: Value) -> list[Axes]:
+    """The axes of every tensor in a value."""
+    if value is None:
+        return []
+    if all(isinstance(axis, np.ndarray) for axis in value):
+        return [value]
+    return [axes for item in value for axes in tensors_of(item)]
+
+
+def hint(size: Any) -> Any:
+    """The example's number behind a symbolic size."""
+    return size if isinstance(size, (int, float, bool)) else size.node.hint
+
+
+def module_path(node: Node) -> str:
+    """The innermost module that ran this node; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """The parameter, buffer or constant of that fully qualified name."""
+    owner, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(owner), last)
+
+
+def _is_tensor(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value)
+
+
+__all__ = ["FROZEN", "Inference", "Types", "arguments", "attribute", "infer", "tensors_of"]

@@ -1,0 +1,215 @@
+"""Operators that multiply and sum over an axis: linear layers, convolutions, matrix products, einsum.
+
+The contracted axes are the same channels on both sides; what is left of each operand makes the output. A
+grouped convolution is a split into (groups, channels per group) on its input and on its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from ..infer import Inference
+from ..resize import Resizing
+from ..rule import Axes, arguments, counts, infers, resizes, set_argument
+from ..terms import Terms
+from .elementwise import broadcast
+
+Products = list[tuple[float, Sequence[Terms]]]
+
+
+@infers("linear")
+def linear(walk: Inference, node: Node) -> Axes:
+    """input [..., in], weight [out, in], bias [out] -> [..., out]."""
+    call = arguments(node)
+    x, weight = walk.axes(call["input"]), walk.axes(call["weight"])
+    walk.unify(node, x[-1], weight[-1])
+    if len(weight) == 1:
+        return x[:-1]
+    if call["bias"] is not None:
+        walk.unify(node, weight[0], walk.axes(call["bias"])[0])
+    return (*x[:-1], weight[0])
+
+
+@counts("linear")
+def linear_macs(walk: Inference, node: Node) -> Products:
+    """Every weight once per row."""
+    return [(1.0, [*walk.axes(node.args[0])[:-1], *walk.axes(node.args[1])])]
+
+
+# -- matrix products ----------------------------------------------------------------------------------
+
+
+@infers("matmul", "mm", "bmm", "mv", "dot")
+def matmul(walk: Inference, node: Node) -> Axes:
+    """[..., m, k] times [..., k, n] -> [..., m, n]; vectors as numpy has them."""
+    left, right = walk.axes(node.args[0]), walk.axes(node.args[1])
+    walk.unify(node, left[-1], right[-2] if len(right) > 1 else right[-1])
+    batch = broadcast(walk, node, [left[:-2], right[:-2]])
+    rows = left[-2:-1]
+    columns = right[-1:] if len(right) > 1 else ()
+    return (*batch, *rows, *columns)
+
+
+@counts("matmul", "mm", "bmm", "mv", "dot")
+def matmul_macs(walk: Inference, node: Node) -> Products:
+    """m times k times n for each matrix."""
+    left, right = walk.axes(node.args[0]), walk.axes(node.args[1])
+    batch = _wider(left[:-2], right[:-2])
+    return [(1.0, [*batch, *left[-2:], *(right[-1:] if len(right) > 1 else ())])]
+
+
+@infers("addmm", "baddbmm")
+def addmm(walk: Inference, node: Node) -> Axes:
+    """A matrix product plus a term that broadcasts."""
+    left, right = walk.axes(node.args[1]), walk.axes(node.args[2])
+    walk.unify(node, left[-1], right[-2])
+    product = (*broadcast(walk, node, [left[:-2], right[:-2]]), left[-2], right[-1])
+    return broadcast(walk, node, [product, walk.axes(node.args[0])])
+
+
+@counts("addmm", "baddbmm")
+def addmm_macs(walk: Inference, node: Node) -> Products:
+    """m times k times n; the addition is free."""
+    left, right = walk.axes(node.args[1]), walk.axes(node.args[2])
+    return [(1.0, [*left, right[-1]])]
+
+
+def _wider(left: Axes, right: Axes) -> list[Terms]:
+    rank = max(len(left), len(right))
+    pairs = [[axes[i] for axes in (left, right) if len(axes) >= -i] for i in range(-rank, 0)]
+    return [max(pair, key=len) for pair in pairs]
+
+
+@infers("einsum")
+def einsum(walk: Inference, node: Node) -> Axes:
+    """Letters are axes: the same letter is the same channels."""
+    letters, _ = _letters(walk, node)
+    _, output = _equation(walk, node)
+    return tuple(letters[letter] for letter in output)
+
+
+@counts("einsum")
+def einsum_macs(walk: Inference, node: Node) -> Products:
+    """One multiply-accumulate per combination of letters (for two operands)."""
+    letters, operands = _letters(walk, node)
+    return [(float(max(1, operands - 1)), list(letters.values()))] if operands > 1 else []
+
+
+def _letters(walk: Inference, node: Node) -> tuple[dict[str, Terms], int]:
+    inputs, _ = _equation(walk, node)
+    operands = node.args[1]
+    assert isinstance(operands, (list, tuple))
+    letters: dict[str, Terms] = {}
+    for names, operand in zip(inputs, operands, strict=True):
+        for name, axis in zip(names, walk.axes(operand), strict=True):
+            known = letters.get(name)
+            if known is None or len(known) == 1:
+                letters[name] = axis
+            elif len(axis) > 1:
+                walk.unify(node, known, axis)
+    return letters, len(operands)
+
+
+def _equation(walk: Inference, node: Node) -> tuple[list[list[str]], list[str]]:
+    """Index names of each operand and of the output; an ellipsis becomes one name per axis it stands for."""
+    text = str(node.args[0]).replace(" ", "")
+    left, arrow, right = text.partition("->")
+    operands = node.args[1]
+    assert isinstance(operands, (list, tuple))
+    inputs = []
+    for names, operand in zip(left.split(","), operands, strict=True):
+        hidden = len(walk.axes(operand)) - len(names.replace("...", ""))
+        inputs.append(_spell(names, hidden))
+    if arrow:
+        widest = max((n for names in inputs for n in names if n.startswith(".")), default="", key=_dots)
+        return inputs, _spell(right, _dots(widest) if widest else 0)
+    once = sorted(n for n in {n for names in inputs for n in names} if sum(names.count(n) for names in inputs) == 1)
+    return inputs, once
+
+
+def _dots(name: str) -> int:
+    return int(name[1:]) if name else 0
+
+
+def _spell(names: str, hidden: int) -> list[str]:
+    before, dots, after = names.partition("...")
+    return [*before, *([f".{i}" for i in range(hidden, 0, -1)] if dots else []), *after]
+
+
+# -- convolutions -------------------------------------------------------------------------------------
+
+
+@infers("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution(walk: Inference, node: Node) -> Axes:
+    """input [N, C_in, ...], weight [C_out, C_in/groups, ...] (transposed: [C_in, C_out/groups, ...])."""
+    call = arguments(node)
+    x, weight = walk.axes(call["input"]), walk.axes(call["weight"])
+    rank = len(weight) - 2
+    channel, space = x[-rank - 1], x[len(x) - rank :]
+    for axis in (*space, *weight[2:]):
+        walk.freeze(node, axis, "a convolution needs its space and kernel axes whole", "structure")
+    out = _grouped(walk, node, channel, weight, int(call["groups"]), _is_transposed(node))
+    if call["bias"] is not None:
+        walk.unify(node, out, walk.axes(call["bias"])[0])
+    shape = walk.out_shape(node)
+    return (*x[: -rank - 1], out, *walk.frozen(shape[len(shape) - rank :]))
+
+
+def _is_transposed(node: Node) -> bool:
+    return "transpose" in str(node.target)
+
+
+def _grouped(
+    walk: Inference, node: Node, channel: Terms, weight: Axes, groups: int, transposed: bool
+) -> Terms:
+    """Tie the weight's two channel axes to the input; returns the output's channels."""
+    if groups == 1:
+        walk.unify(node, channel, weight[0 if transposed else 1])
+        return weight[1 if transposed else 0]
+    group = walk.store.fresh(groups)
+    if transposed:
+        walk.unify(node, weight[0], channel)
+        inside, offset = walk.store.fresh(len(channel) // groups), weight[1]
+        walk.unify(node, channel, _split(walk, group, inside))
+        return _split(walk, group, offset)
+    walk.unify(node, channel, _split(walk, group, weight[1]))
+    offset = walk.store.fresh(len(weight[0]) // groups)
+    walk.unify(node, weight[0], _split(walk, group, offset))
+    return weight[0]
+
+
+def _split(walk: Inference, group: Terms, offset: Terms) -> Terms:
+    """(group, offset) pairs in order; one offset a group is the group itself (depthwise)."""
+    return group if len(offset) == 1 else walk.store.grid([group, offset])
+
+
+@resizes("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution_groups(work: Resizing, old: Node, new: Node) -> None:
+    """The number of groups that are left: input channels over channels per group."""
+    call = arguments(old)
+    if call["groups"] == 1:
+        return
+    weight = work.new_shape(call["weight"])
+    if _is_transposed(old):
+        groups = work.new_shape(old)[-(len(weight) - 1)] // weight[1]
+    else:
+        groups = work.new_shape(call["input"])[-(len(weight) - 1)] // weight[1]
+    set_argument(new, "groups", groups)
+
+
+@counts("conv1d", "conv2d", "conv3d")
+def convolution_macs(walk: Inference, node: Node) -> Products:
+    """Every weight once per output position."""
+    weight, out = walk.axes(node.args[1]), walk.axes(node)
+    rank = len(weight) - 2
+    return [(1.0, [*weight, *out[len(out) - rank :], *out[: -rank - 1]])]
+
+
+@counts("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_macs(walk: Inference, node: Node) -> Products:
+    """Every weight once per input position."""
+    weight, x = walk.axes(node.args[1]), walk.axes(node.args[0])
+    rank = len(weight) - 2
+    return [(1.0, [*weight, *x[len(x) - rank :], *x[: -rank - 1]])]

@@ -1,0 +1,33 @@
+"""slimc: a structured-pruning compiler for deployable PyTorch models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Resolved on first use, so that `import slimc` (and `slimc --help`)
+# does not pay for torch.
+_PUBLIC = {
+    "compress": "slimc.compiler",
+    "inspect": "slimc.compiler",
+    "apply": "slimc.compiler",
+    "load": "slimc.compiler",
+    "Compressed": "slimc.compiler",
+    "Plan": "slimc.plan",
+    "Report": "slimc.report",
+    "SlimcError": "slimc.errors",
+}
+
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 - the keys are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'slimc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,167 @@
+"""Objects saved by torch.save, read without running anything that the file brings along.
+
+Reduces risk; it is no sandbox. For files from strangers, run slimc in a container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from slimc.errors import LoadError
+from slimc.loading import policy
+from slimc.loading.archive import Archive, open_archive
+from slimc.loading.scan import Call, Program, Storage, scan
+
+_HEADER_ENTRIES = ("byteorder", "version", ".format_version", ".storage_alignment")
+_TYPED_STORAGE_BYTES = {
+    "Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16, "Float": 4, "Int": 4, "QInt32": 4,
+    "Half": 2, "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1, "QInt8": 1, "QUInt8": 1,
+}  # fmt: skip
+
+
+def read_archive(source: Path | BinaryIO, label: str, allow: Sequence[str]) -> Any:
+    """Read what torch.save wrote into a zip archive, with tensors on the CPU."""
+    archive = open_archive(source, label)
+    with archive.zip:
+        clean, _ = checked_copy(archive, allow)
+    return clean
+
+
+def checked_copy(archive: Archive, allow: Sequence[str]) -> tuple[Any, io.BytesIO]:
+    """Check an archive of torch.save and load it; returns the object and the checked bytes it was loaded from."""
+    label = archive.label
+    if "data.pkl" not in archive.entries:
+        raise LoadError(f"{label}: a zip archive without data.pkl, so not written by torch.save. Give a model file.")
+    if any(name == "constants.pkl" or name.startswith("code/") for name in archive.entries):
+        raise LoadError(
+            f"{label}: a TorchScript archive. TorchScript cannot be pruned: save the original nn.Module "
+            "(torch.save(model, ...)) or its state_dict with --arch."
+        )
+    description = archive.read("data.pkl")
+    program = scan(description, label)
+    _check_storages(program.storages, archive)
+    for call in program.calls:
+        _check_extent(call, label)
+    data = [f"data/{key}" for key in dict.fromkeys(storage.key for storage in program.storages)]
+    headers = [name for name in _HEADER_ENTRIES if name in archive.entries]
+    copy = archive.repack(["data.pkl", *headers, *data], {"data.pkl": description})
+    return _unpickle(copy, program, allow, label), copy
+
+
+def _unpickle(copy: io.BytesIO, program: Program, allow: Sequence[str], label: str) -> Any:
+    with _no_safe_globals(), project_on_path():
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
+        torch.serialization.add_safe_globals(policy.check(program, unknown, allow, label))
+        copy.seek(0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about protocols and storages: nothing that a user can act on
+                return torch.load(copy, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and __setstate__ of any allowed class raise what they like
+            raise LoadError(f"{label}: torch cannot read it: {_first_line(error)}. Save the model again.") from error
+
+
+@contextlib.contextmanager
+def _no_safe_globals() -> Iterator[None]:
+    """Start from torch's own list, whatever other libraries have added to it, and put theirs back afterwards."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+@contextlib.contextmanager
+def project_on_path() -> Iterator[None]:
+    """Let the current folder be imported from, after everything else, as long as a user's code is looked up."""
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
+@contextlib.contextmanager
+def weights_only_forced(enabled: bool = True) -> Iterator[None]:
+    """Make every torch.load in the process weights-only, whatever its caller asks for, or undo that."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    opposite = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {key: os.environ.pop(key) for key in (name, opposite) if key in os.environ}
+    if enabled:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def read_trusted(path: Path) -> Any:
+    """Unpickle a file without any protection: whatever code it names, runs."""
+    with project_on_path(), weights_only_forced(enabled=False):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        except Exception as error:  # the file's own code may raise anything
+            raise LoadError(f"{path}: unpickling fails with {type(error).__name__}: {_first_line(error)}.") from error
+
+
+def _check_storages(storages: Sequence[Storage], archive: Archive) -> None:
+    for storage in storages:
+        entry = f"data/{storage.key}"
+        if entry not in archive.entries:
+            raise LoadError(f"{archive.label}: the tensor data {entry} is missing. Copy or save the file again.")
+        needed = storage.elements * _TYPED_STORAGE_BYTES.get(storage.type.rpartition(".")[2].removesuffix("Storage"), 1)
+        if needed > archive.size(entry):
+            raise LoadError(
+                f"{archive.label}: {entry} holds {archive.size(entry)} bytes and the file claims {needed}. Not loaded."
+            )
+
+
+def _check_extent(call: Call, label: str) -> None:
+    """Refuse a tensor that needs more elements than its storage has (a few bytes shown as terabytes)."""
+    function, arguments = str(call.function), call.arguments
+    if function == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4 and isinstance(arguments[2], tuple):
+        function, arguments = str(arguments[0]), arguments[2]
+    if not function.startswith(("torch._utils._rebuild_tensor", "torch._utils._rebuild_qtensor")):
+        return
+    match arguments:
+        case (Storage() as storage, int(offset), tuple(size), tuple(stride), *_):
+            shape, steps = _integers(size, label), _integers(stride, label)
+        case _:
+            raise LoadError(f"{label}: a tensor is described as {arguments!r}. Save the model again.")
+    if len(shape) != len(steps) or offset < 0 or min((*shape, *steps), default=0) < 0:
+        raise LoadError(f"{label}: a tensor over data/{storage.key} has shape {shape} and strides {steps}. Not loaded.")
+    last = offset + sum((width - 1) * step for width, step in zip(shape, steps, strict=True))
+    elements = math.prod(shape)
+    if elements and (elements > storage.elements or last >= storage.elements):
+        raise LoadError(
+            f"{label}: a tensor of shape {list(shape)} is stored as data/{storage.key}, which has "
+            f"{storage.elements} elements. If it was expanded on purpose, save it after .contiguous() or .clone()."
+        )
+
+
+def _integers(values: tuple[Any, ...], label: str) -> tuple[int, ...]:
+    if any(not isinstance(value, int) for value in values):
+        raise LoadError(f"{label}: a tensor's shape is described as {values!r}. Save the model again.")
+    return values
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

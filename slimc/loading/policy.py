@@ -1,0 +1,215 @@
+"""Which names a pickled model may use, and which of them loading may call.
+
+A class that is only *named* runs no code of the file. So module classes may be named and filled with state, never
+called; functions may be held as attributes (an activation, say), never called; what may be called is a short list.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from slimc.errors import LoadError
+from slimc.loading.scan import Call, Global, Program
+
+# Packages whose nn.Module subclasses may be named.
+MODULE_PACKAGES = (
+    "torch.nn",
+    "torchvision.models",
+    "torchvision.ops",
+    "timm.models",
+    "timm.layers",
+    "transformers.models",
+    "transformers.activations",
+    "transformers.pytorch_utils",
+)
+
+# Plain classes that library models keep as attributes, beside four of Python's own; found by saving every torchvision and timm model.
+_VALUE_CLASSES = frozenset(
+    {
+        "argparse.Namespace",
+        "builtins.frozenset",
+        "builtins.range",
+        "builtins.slice",
+        "functools.partial",
+        "torch.nn.attention.SDPBackend",
+        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+        "torchvision.models.detection._utils.BoxCoder",
+        "torchvision.models.detection._utils.BoxLinearCoder",
+        "torchvision.models.detection._utils.Matcher",
+        "torchvision.models.detection._utils.SSDMatcher",
+        "torchvision.models.efficientnet.FusedMBConvConfig",
+        "torchvision.models.efficientnet.MBConvConfig",
+        "torchvision.models.googlenet.GoogLeNetOutputs",
+        "torchvision.models.inception.InceptionOutputs",
+        "timm.layers.format.Format",
+        "timm.models._features.FeatureInfo",
+    }
+)
+
+# Functions that library models keep as attributes; they are held, not called.
+_HELD_FUNCTIONS = frozenset(
+    {f"torch.nn.functional.{name}" for name in ("relu", "relu6", "silu", "elu", "hardswish", "leaky_relu", "mish")}
+    | {f"torch._C._nn.{name}" for name in ("gelu", "softplus", "hardtanh")}
+    | {"torch.relu", "torch.sigmoid", "torch.tanh", "torch.flatten", "torchvision.ops.boxes.box_iou"}
+)
+
+# Names that loading calls: with these arguments come tensors, containers and plain values, nothing else.
+_REBUILD = frozenset(
+    f"torch._utils.{name}"
+    for name in (
+        "_rebuild_tensor",
+        "_rebuild_tensor_v2",
+        "_rebuild_tensor_v3",
+        "_rebuild_parameter",
+        "_rebuild_parameter_with_state",
+        "_rebuild_qtensor",
+        "_rebuild_sparse_tensor",
+        "_rebuild_meta_tensor_no_storage",
+    )
+)
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
+_TENSOR_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
+_CALLED = _REBUILD | {
+    _FROM_TYPE,
+    "collections.OrderedDict",
+    "collections.Counter",
+    "builtins.set",
+    "builtins.frozenset",
+    "builtins.complex",
+    "builtins.slice",
+    "builtins.range",
+    "_codecs.encode",
+    "torch.Size",
+    "torch.device",
+    "torch.serialization._get_layout",
+    "functools.partial",
+}
+
+_QUANTIZED = "Quantized and quantization-aware modules are not supported: prune the float model, quantize afterwards."
+_ADVICE = (
+    ("torch.fx", "An fx.GraphModule rebuilds itself by running source text from the file. Save it with "
+     "torch.export.save as .pt2, or save the original module."),
+    ("torch.jit", "TorchScript is not supported. Save the original nn.Module."),
+    ("torch._dynamo", "The model was wrapped by torch.compile. Save model._orig_mod instead."),
+    ("torch.ao", _QUANTIZED),
+    ("torch.nn.quantized", _QUANTIZED),
+    ("torch.nn.qat", _QUANTIZED),
+    ("torch.nn.intrinsic", _QUANTIZED),
+    ("torch.nn.parallel.distributed", "Save model.module, without its DistributedDataParallel wrapper."),
+    ("torch.nn.utils.weight_norm", "Call torch.nn.utils.remove_weight_norm on the layer before saving."),
+    ("torch.nn.utils.spectral_norm", "Call torch.nn.utils.remove_spectral_norm on the layer before saving."),
+    ("torch.nn.utils.prune", "Call torch.nn.utils.prune.remove on the layer before saving."),
+    ("builtins.getattr", "A bound method is stored in the model (a hook, or self.x = self.method). Save "
+     "model.state_dict() and give the architecture with --arch."),
+    ("numpy", "Save the tensors alone: torch.save(model.state_dict(), ...)."),
+    ("__main__", "The class lives in the script that saved it. Move it into a module and save again, or save "
+     "model.state_dict() and give --arch package.module:factory."),
+)  # fmt: skip
+
+
+def check(program: Program, unknown: Iterable[str], allow: Sequence[str], label: str) -> list[tuple[Any, str]]:
+    """Resolve the names that torch does not allow by itself, and check every call.
+
+    ``unknown`` are the names outside torch's own list. The result is what ``torch.serialization.safe_globals``
+    takes. Packages in ``allow`` are imported, which runs their code: the user asked for that by naming them.
+    """
+    known = {str(name): name for name in program.globals}
+    resolved = {name: _resolve(known[name], allow, label) for name in sorted(unknown)}
+    for call in program.calls:
+        _check_call(call, resolved, label)
+    for held in program.built:
+        if held not in resolved and held not in ("collections.OrderedDict", "functools.partial"):
+            raise LoadError(f"{label}: sets the state of a {held}, which no saved model does. Not loaded.")
+    return [(value, name) for name, value in resolved.items()]
+
+
+def _resolve(named: Global, allow: Sequence[str], label: str) -> Any:
+    name = str(named)
+    if name in _VALUE_CLASSES or name in _HELD_FUNCTIONS:
+        return _lookup(named, label)
+    if _advice(named):
+        raise _refusal(named, label)
+    if _inside(named.module, MODULE_PACKAGES):
+        return _module_class(named, label)
+    if _inside(named.module, allow):
+        return _user_value(named, allow, label)
+    raise _refusal(named, label)
+
+
+def _module_class(named: Global, label: str) -> type:
+    value = _lookup(named, label)
+    if not (isinstance(value, type) and issubclass(value, nn.Module) and _inside(value.__module__, MODULE_PACKAGES)):
+        raise _refusal(named, label)
+    return value
+
+
+def _user_value(named: Global, allow: Sequence[str], label: str) -> Any:
+    value = _lookup(named, label)
+    defined_here = _inside(str(getattr(value, "__module__", "")), allow)
+    if not defined_here or not isinstance(value, type | types.FunctionType):
+        raise _refusal(named, label)
+    return value
+
+
+def _lookup(named: Global, label: str) -> Any:
+    try:
+        module = importlib.import_module(named.module)
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"{label}: needs {named}, and Python finds no module {error.name!r}. "
+            "Install the package (in a version like the one that saved the file), or run from the folder that holds it."
+        ) from error
+    except Exception as error:  # user packages can fail in any way
+        raise LoadError(f"{label}: needs {named}, and importing {named.module} fails with {error!r}.") from error
+    if not hasattr(module, named.name):
+        raise LoadError(
+            f"{label}: needs {named}, which the installed {named.module.partition('.')[0]} does not have. "
+            "Install the version that saved the file, or save model.state_dict() and give --arch."
+        )
+    return getattr(module, named.name)
+
+
+def _check_call(call: Call, resolved: dict[str, Any], label: str) -> None:
+    name = str(call.function)
+    value = resolved.get(name)
+    if call.new:
+        if not isinstance(value, type) or (issubclass(value, nn.Module) and call.arguments):
+            raise LoadError(f"{label}: creates a {name} in a way that no saved model does. Not loaded.")
+        return
+    if isinstance(value, type) and issubclass(value, enum.Enum) and len(call.arguments) == 1:
+        return
+    if name not in _CALLED:
+        raise LoadError(
+            f"{label}: the file calls {name} while loading. Saved models name classes and fill them, they never call "
+            "them, so the file was made by hand or by an object's own __reduce__. "
+            "Save model.state_dict() from a source that you trust and give the architecture with --arch."
+        )
+    if name == _FROM_TYPE and not _rebuilds_plain_tensor(call.arguments):
+        raise LoadError(f"{label}: holds a tensor of a special class ({call.arguments[1:2]!r}). Save plain tensors.")
+
+
+def _rebuilds_plain_tensor(arguments: tuple[Any, ...]) -> bool:
+    return len(arguments) == 4 and str(arguments[0]) in _REBUILD and str(arguments[1]) in _TENSOR_TYPES
+
+
+def _advice(named: Global) -> str:
+    return next((text for prefix, text in _ADVICE if _inside(str(named), (prefix,))), "")
+
+
+def _refusal(named: Global, label: str) -> LoadError:
+    package = named.module.partition(".")[0]
+    text = _advice(named) or (
+        f"If {package} is code of yours or code that you trust, add --allow {package} (it will be imported). "
+        "Otherwise save model.state_dict() and give the architecture with --arch."
+    )
+    return LoadError(f"{label}: the file names {named}, which is not a class that a model may be made of. {text}")
+
+
+def _inside(name: str, packages: Sequence[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)

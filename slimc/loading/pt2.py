@@ -1,0 +1,128 @@
+"""Programs saved by torch.export, loaded only after everything in the file that torch would trust was checked."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimc.errors import LoadError
+from slimc.loading.archive import Archive, open_archive
+from slimc.loading.pickled import checked_copy, weights_only_forced
+from slimc.loading.program import checked_payloads, checked_program
+
+_PROGRAM = "models/model.json"
+_INPUTS = "data/sample_inputs/model.pt"
+_WEIGHTS = "data/weights/model_weights_config.json"
+_CONSTANTS = "data/constants/model_constants_config.json"
+_HEADERS = ("archive_format", "archive_version", "byteorder", "version", ".data/version")
+_HARMLESS = re.compile(r"data/weights/weight_\d+|data/constants/tensor_\d+|extra/.*|\.data/serialization_id", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ProgramFile:
+    """A loaded program as a module, with the shape of its first example input without the batch."""
+
+    module: nn.Module
+    input_shape: tuple[int, ...] | None
+    notes: tuple[str, ...]
+
+
+def is_program(names: list[str]) -> bool:
+    """Whether the entries of an archive (with or without root folder) are those of torch.export.save."""
+    return any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names)
+
+
+def load_program(archive: Archive) -> ProgramFile:
+    """Check and load a .pt2 archive; nothing in the file is unpickled freely or evaluated."""
+    label = archive.label
+    if "serialized_exported_program.json" in archive.entries:
+        raise LoadError(f"{label}: written by torch before 2.8, a format torch has given up. Export it again.")
+    _check_entries(archive)
+    program, notes = checked_program(archive.read(_PROGRAM), label)
+    weights, weight_names = checked_payloads(archive.read(_WEIGHTS), _sizes(archive, "data/weights/"), label)
+    constants, constant_names = checked_payloads(archive.read(_CONSTANTS), _sizes(archive, "data/constants/"), label)
+    inputs, example = _sample_inputs(archive)
+    replaced = {_PROGRAM: program, _WEIGHTS: weights, _CONSTANTS: constants, _INPUTS: inputs}
+    names = [
+        *replaced,
+        *(name for name in _HEADERS if name in archive.entries),
+        *(f"data/weights/{name}" for name in sorted(weight_names)),
+        *(f"data/constants/{name}" for name in sorted(constant_names)),
+    ]
+    exported = _load(archive.repack(names, replaced), label)
+    # guards were removed above; slimc checks shapes itself and says where they do not fit
+    module = exported.module(check_guards=False)
+    return ProgramFile(module, _first_shape(example), notes)
+
+
+def _load(copy: io.BytesIO, label: str) -> torch.export.ExportedProgram:
+    with weights_only_forced(), _quiet():
+        try:
+            return torch.export.load(copy)
+        except Exception as error:  # the deserializer raises everything from AssertionError to KeyError
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise LoadError(
+                f"{label}: torch {torch.__version__} cannot load the program ({type(error).__name__}: {first[:200]}). "
+                "Export it again with this version of torch."
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own log lines and warnings about a file that slimc will describe in its error."""
+    logger = logging.getLogger("torch.export")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _check_entries(archive: Archive) -> None:
+    expected = {_PROGRAM, _INPUTS, _WEIGHTS, _CONSTANTS, *_HEADERS}
+    missing = sorted({_PROGRAM, _INPUTS, _WEIGHTS, _CONSTANTS, "archive_format"} - set(archive.entries))
+    foreign = sorted(n for n in archive.entries if n not in expected and not _HARMLESS.fullmatch(n))
+    if foreign:
+        raise LoadError(
+            f"{archive.label}: holds {foreign[0]}, which a plain exported program does not need and which may run "
+            "code. Export the model again with torch.export.save, without compiled kernels or custom objects."
+        )
+    if missing:
+        raise LoadError(f"{archive.label}: {missing[0]} is missing. Export the model again with torch.export.save.")
+
+
+def _sizes(archive: Archive, folder: str) -> dict[str, int]:
+    return {name.removeprefix(folder): archive.size(name) for name in archive.entries if name.startswith(folder)}
+
+
+def _sample_inputs(archive: Archive) -> tuple[bytes, Any]:
+    """Re-packed example inputs and their value: torch unpickles this entry freely when a strict read fails."""
+    content = archive.read(_INPUTS)
+    if not content:
+        return content, None
+    inner = open_archive(io.BytesIO(content), f"{archive.label} ({_INPUTS})")
+    with inner.zip:
+        value, copy = checked_copy(inner, ())
+    return copy.getvalue(), value
+
+
+def _first_shape(example: Any) -> tuple[int, ...] | None:
+    """Shape of the first example tensor without its batch dimension."""
+    match example:
+        case ([*positional], _) | (tuple(positional), _):
+            tensors = [value for value in positional if isinstance(value, torch.Tensor)]
+        case _:
+            return None
+    return tuple(tensors[0].shape[1:]) if tensors and tensors[0].dim() > 1 else None

@@ -1,0 +1,199 @@
+"""Files that hold weights only: read, named as the architecture names them, compared, then filled in."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimc.errors import LoadError
+from slimc.loading.audit import check_kind
+from slimc.loading.builders import Built, build, construct_torchvision
+
+StateDict = dict[str, Tensor]
+
+_WRAPPERS = ("module.", "_orig_mod.")
+_HALF = (torch.float16, torch.bfloat16)
+_MAX_TENSORS = 100_000
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that the file and the architecture do not agree on; None where one of them lacks it."""
+
+    name: str
+    file: tuple[int, ...] | None
+    model: tuple[int, ...] | None
+
+
+def read_safetensors(path: Path) -> StateDict:
+    """Read a .safetensors file: its header is JSON and its tensors are bytes, so nothing can run."""
+    safetensors = __import__("safetensors.torch", fromlist=["load_file"])
+    _check_header(path)
+    try:
+        state: StateDict = safetensors.load_file(str(path), device="cpu")
+    except Exception as error:  # SafetensorError comes from Rust and derives from Exception
+        raise LoadError(f"{path}: not a readable safetensors file ({error}). Copy or download it again.") from error
+    return state
+
+
+def _check_header(path: Path) -> None:
+    """Refuse headers that cost time before they are found to be wrong."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(path.stat().st_size, 100_000_000):
+            raise LoadError(f"{path}: the header claims {length} bytes; the file is truncated or no safetensors file.")
+        header = stream.read(length)
+    if header.count(b'"data_offsets"') > _MAX_TENSORS:
+        raise LoadError(f"{path}: the header names over {_MAX_TENSORS} tensors, more than a model has. Not loaded.")
+    try:
+        json.load(io.BytesIO(header))
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path}: the header is damaged ({error}). Copy or download the file again.") from error
+
+
+def is_state_dict(value: object) -> bool:
+    """Whether a value maps names to tensors, perhaps with a few entries of other kinds that modules save beside."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    tensors = sum(isinstance(part, Tensor) for part in value.values())
+    return tensors > 0 and all(
+        isinstance(name, str) and (isinstance(part, Tensor) or name.endswith("_extra_state"))
+        for name, part in value.items()
+    )
+
+
+def cleaned(state: Mapping[str, Any], label: str) -> tuple[StateDict, tuple[str, ...]]:
+    """Strip the prefixes of wrappers, convert half precision to float32, and check each tensor's kind."""
+    tensors = {name: part for name, part in state.items() if isinstance(part, Tensor)}
+    notes: list[str] = []
+    for name, tensor in tensors.items():
+        check_kind(name, tensor, label)
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _WRAPPERS:
+            if tensors and all(name.startswith(prefix) for name in tensors):
+                tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+                notes.append(f"stripped the prefix {prefix!r} from every name in the file")
+                stripped = True
+    halves = sum(tensor.dtype in _HALF for tensor in tensors.values())
+    if halves:
+        notes.append(f"converted {halves} half-precision tensors to float32")
+        tensors = {name: t.float() if t.dtype in _HALF else t for name, t in tensors.items()}
+    return tensors, tuple(notes)
+
+
+def fit(state: StateDict, arch: str, label: str) -> Built:
+    """Build the architecture and fill it with the weights of a file; shapes are compared before anything is copied."""
+    built = build(arch, pretrained=False)
+    notes: tuple[str, ...] = ()
+    if arch.startswith("torchvision:") and differences(state, built.model):
+        built, notes = _adapted(state, built)
+    found = differences(state, built.model)
+    if found and (inner := _without_common_prefix(state)) is not None and not differences(inner[1], built.model):
+        notes = (*notes, f"stripped the prefix {inner[0]!r} from every name in the file")
+        state, found = inner[1], []
+    if found:
+        raise LoadError(_describe(found, state, built, arch, label))
+    _fill(built.model, state)
+    return replace(built, weights="file", notes=(*built.notes, *notes))
+
+
+def _fill(model: nn.Module, state: StateDict) -> None:
+    own = model.state_dict()
+    for name in own.keys() - state.keys():  # counters only, see differences()
+        state = {**state, name: own[name]}
+    model.load_state_dict(state, strict=True)
+
+
+def differences(state: Mapping[str, Tensor], model: nn.Module) -> list[Difference]:
+    """Tensors whose name or shape differs, in the order of the model; counters that old files lack do not count."""
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    theirs = {name: tuple(value.shape) for name, value in state.items()}
+    names = [*own, *(name for name in theirs if name not in own)]
+    return [
+        Difference(name, theirs.get(name), own.get(name))
+        for name in names
+        if theirs.get(name) != own.get(name) and not (name.endswith("num_batches_tracked") and name not in theirs)
+    ]
+
+
+def _without_common_prefix(state: StateDict) -> tuple[str, StateDict] | None:
+    """The names without their first part where all share it (``model.`` in Lightning checkpoints)."""
+    first = {name.partition(".")[0] for name in state}
+    if len(first) != 1 or not all("." in name for name in state):
+        return None
+    prefix = f"{first.pop()}."
+    return prefix, {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _adapted(state: StateDict, built: Built) -> tuple[Built, tuple[str, ...]]:
+    """Build again with the file's number of classes, or with or without auxiliary heads, if that is all that differs."""
+    options: dict[str, Any] = {}
+    notes: list[str] = []
+    found = differences(state, built.model)
+    if any(part.name.startswith("aux_classifier.") and part.model is None for part in found):
+        options["aux_loss"] = True
+        notes.append("built with the auxiliary classifier that the file has")
+    missing = [part for part in found if part.file is None]
+    if missing and all(part.name.startswith(("aux", "AuxLogits")) for part in missing):
+        options["aux_logits"] = False
+        notes.append("built without the auxiliary heads, which the file does not have")
+    classes = _file_classes(found)
+    if classes is not None:
+        options["num_classes"] = classes
+        notes.append(f"built with num_classes={classes}, as the head in the file has {classes} outputs")
+    if not options:
+        return built, ()
+    return replace(built, model=construct_torchvision(built.name, **options)), tuple(notes)
+
+
+def _file_classes(found: list[Difference]) -> int | None:
+    """The number of outputs in the file, if every tensor with another shape differs in the same first size alone."""
+    pairs = [(part.file, part.model) for part in found if part.file and part.model]
+    changes = {(file[0], model[0]) for file, model in pairs}
+    same_rest = all(file[1:] == model[1:] for file, model in pairs)
+    return changes.pop()[0] if len(changes) == 1 and same_rest and len(pairs) <= 6 else None
+
+
+def _describe(found: list[Difference], state: StateDict, built: Built, arch: str, label: str) -> str:
+    lines = [f"{label}: {len(found)} of {len(state)} tensors do not fit {arch}:"]
+    for part in found[:_SHOWN]:
+        lines.append(f"  {part.name}: file {_shape(part.file)}, {built.name} {_shape(part.model)}")
+    if len(found) > _SHOWN:
+        lines.append(f"  and {len(found) - _SHOWN} more")
+    lines.append(_hint(found, state))
+    return "\n".join(lines)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "has none" if shape is None else str(list(shape))
+
+
+def _hint(found: list[Difference], state: StateDict) -> str:
+    from slimc.loading.suggest import matching_architectures, suggestion
+
+    shapes = [part for part in found if part.file and part.model]
+    matches = matching_architectures(state)
+    if matches:
+        return suggestion(matches, len(state))
+    if _file_classes(found) is not None and len(shapes) == len(found):
+        classes = _file_classes(found)
+        return f"Only the head differs: let the factory build the model with num_classes={classes}."
+    if len(shapes) == len(found) and all(_is_narrower(part) for part in shapes):
+        return "Every differing tensor is narrower in the file: it may be pruned already, or of a smaller width."
+    return "The file is of a different architecture, or of another version of it: give the one that saved it as --arch."
+
+
+def _is_narrower(part: Difference) -> bool:
+    assert part.file is not None
+    assert part.model is not None
+    return len(part.file) == len(part.model) and all(a <= b for a, b in zip(part.file, part.model, strict=True))

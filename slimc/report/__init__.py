@@ -1,0 +1,36 @@
+"""The report of one compression: as values, as report.json and as one self-contained page."""
+
+from slimc.report.html import render_html, write_html
+from slimc.report.model import (
+    Accuracy,
+    Change,
+    Environment,
+    FrozenOperator,
+    GroupRow,
+    Latency,
+    Method,
+    OnnxFile,
+    OutputFile,
+    RecoveryStep,
+    Report,
+    TargetResult,
+    Verification,
+)
+
+__all__ = [
+    "Accuracy",
+    "Change",
+    "Environment",
+    "FrozenOperator",
+    "GroupRow",
+    "Latency",
+    "Method",
+    "OnnxFile",
+    "OutputFile",
+    "RecoveryStep",
+    "Report",
+    "TargetResult",
+    "Verification",
+    "render_html",
+    "write_html",
+]

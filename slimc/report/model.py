@@ -1,0 +1,229 @@
+"""What one compression did, as frozen values; `Report.to_dict()` is report.json.
+
+A stage that did not run is `None` here and `null` in the file: nothing is filled in for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimc.report.codec import decode, encode
+
+STAGES = ("capture", "infer", "score", "plan", "rewrite", "verify", "recover", "export", "latency")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A counted amount in the original and in the slim model."""
+
+    before: int
+    after: int
+
+    @property
+    def share(self) -> float:
+        """The share that stayed: 0.4 when 40% is left; 1 when there was nothing to begin with."""
+        return self.after / self.before if self.before else 1.0
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """One budget: `asked` and `got` are shares of `before`; `before` and `after` are in the target's own unit.
+
+    flops: MACs; params: parameters; memory and size: bytes; latency: milliseconds.
+    """
+
+    asked: float
+    got: float
+    before: float
+    after: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the slim model stays within the budget."""
+        return self.got <= self.asked
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The proof that removal equals masking.
+
+    `max_relative_error` is the largest difference between the slim model and the masked original, relative to the
+    largest output; `moved` is how far the cut itself moved the output, on the same scale. An error that is not far
+    below `moved` would prove nothing.
+    """
+
+    passed: bool
+    max_relative_error: float
+    moved: float
+    dtype: str
+    inputs: int
+    groups: int
+    renormalising_groups: int
+
+
+@dataclass(frozen=True)
+class FrozenOperator:
+    """An operator that slimc has no rule for, and that was therefore left at full width."""
+
+    op: str
+    node: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """The exported ONNX file and how far it is from the model that it came from."""
+
+    path: str
+    opset: int
+    dynamic_batch: bool
+    max_relative_error: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One paired latency measurement; `ci95` is the 95% interval of the speed-up."""
+
+    runtime: str
+    provider: str
+    threads: int
+    batch: int
+    before_ms: float
+    after_ms: float
+    speedup: float
+    ci95: tuple[float, float]
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether a speed-up may be claimed: the whole interval lies above 1."""
+        return self.ci95[0] > 1.0
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the slim model is slower: the whole interval lies below 1."""
+        return self.ci95[1] < 1.0
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The metric of the original, of the plain cut and of the recovered model; a share for `top1`, not a percentage."""
+
+    metric: str
+    before: float
+    pruned: float
+    after: float
+
+
+@dataclass(frozen=True)
+class RecoveryStep:
+    """One thing that was done to fit the kept weights again."""
+
+    method: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the cut was chosen."""
+
+    scorer: str
+    schedule: str
+    round_to: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One group of channels of which `kept` out of `width` stay; groups stand in network order.
+
+    `exact` is false where a norm over this group renormalises. `members` are (parameter, axis), as in plan.json.
+    """
+
+    name: str
+    width: int
+    kept: int
+    exact: bool
+    members: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of the output folder, with its size in bytes."""
+
+    name: str
+    bytes: int
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the versions that the numbers belong to."""
+
+    slimc: str
+    python: str
+    torch: str
+    onnxruntime: str | None
+    platform: str
+    cpu: str
+    threads: int
+    accelerator: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that report.json says.
+
+    `macs` counts multiply-accumulates of one forward pass of the example inputs, `size` bytes of weights and
+    `memory` bytes of activations alive at the peak. `seconds` holds every stage of `STAGES`.
+    """
+
+    model: str
+    targets: Mapping[str, TargetResult]
+    macs: Change
+    params: Change
+    size: Change
+    memory: Change | None
+    method: Method
+    groups: tuple[GroupRow, ...]
+    frozen: tuple[FrozenOperator, ...]
+    seconds: Mapping[str, float | None]
+    environment: Environment
+    verification: Verification | None = None
+    recovery: tuple[RecoveryStep, ...] | None = None
+    accuracy: Accuracy | None = None
+    onnx: OnnxFile | None = None
+    latency: tuple[Latency, ...] | None = None
+    files: tuple[OutputFile, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # The file promises every stage, so that a reader need not tell "missing" from "null".
+        object.__setattr__(self, "seconds", {**dict.fromkeys(STAGES), **self.seconds})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; InternalError where a number is not finite, since JSON cannot say it."""
+        data: dict[str, Any] = encode(self, "report")
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read back what `to_dict` wrote; fields that this version does not know are ignored.
+
+        LoadError names a field that is missing or of another type.
+        """
+        report: Report = decode(cls, data, "report")
+        return report
+
+    def write_json(self, path: Path) -> None:
+        """Write report.json."""
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read_json(cls, path: Path) -> Report:
+        """Read report.json back."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from slimc.demo import SIDE, Digits, DigitsNet, batches, digits, trained_digits_net
+from slimc.errors import UsageError
+from slimc.training import Epoch, evaluate, finetune, parameter_groups, seeded, train, warmup_cosine
+
+CPU = torch.device("cpu")
+
+
+def separable(count: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two classes that a linear layer tells apart."""
+    with seeded(0, CPU):
+        targets = torch.randint(0, 2, (count,))
+        inputs = torch.randn(count, 4) + 4.0 * (2 * targets - 1).unsqueeze(1)
+    return [(inputs[start : start + 16], targets[start : start + 16]) for start in range(0, count, 16)]
+
+
+class SmallNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.2)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.last(self.dropout(torch.relu(self.norm(self.first(x)))))
+
+
+def small_net() -> SmallNet:
+    with seeded(0, CPU):
+        return SmallNet()
+
+
+def noise_digits() -> Digits:
+    part = TensorDataset(torch.zeros(64, 1, SIDE, SIDE), torch.zeros(64, dtype=torch.int64))
+    return Digits(part, part, part)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_training_learns_what_can_be_learned() -> None:
+    model, data = small_net(), separable()
+    nn.init.zeros_(model.last.weight)  # every input scores alike, so that all are given one class
+    before = evaluate(model, data)
+    history = train(model, data, epochs=3, seed=0)
+    assert before < 0.8
+    assert evaluate(model, data) == 1.0
+    assert history[-1].loss < history[0].loss
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    weights = []
+    for seed in (1, 1, 2):
+        model = small_net()
+        train(model, separable(), epochs=2, seed=seed)
+        weights.append(model.first.weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])  # dropout makes the seed matter
+
+
+def test_training_leaves_the_callers_random_state_as_it_was() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(small_net(), separable(), epochs=1, seed=3)
+    trained_digits_net(noise_digits(), epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_modes_are_restored_module_by_module(mode: bool) -> None:
+    model = small_net().train(mode)
+    model.norm.train(not mode)
+    before = [module.training for module in model.modules()]
+    train(model, separable(), epochs=1, validation=separable(), seed=0)
+    evaluate(model, separable())
+    assert [module.training for module in model.modules()] == before
+
+
+def test_modes_are_restored_when_a_batch_is_refused() -> None:
+    model = small_net().eval()
+    with pytest.raises(RuntimeError):
+        train(model, [(torch.ones(4, 5), torch.zeros(4, dtype=torch.int64))], epochs=1)
+    assert not any(module.training for module in model.modules())
+
+
+def test_evaluation_changes_no_weight_and_no_statistic() -> None:
+    model = small_net()
+    before = state(model)
+    evaluate(model, separable())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_evaluation_counts_pictures_and_not_batches() -> None:
+    model = nn.Identity()
+    one_hot = torch.eye(2)
+    # three of four right in the first batch, none of one in the second: 3/5, while the mean of batches is 3/8
+    data = [(one_hot[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 0])), (one_hot[[0]], torch.tensor([1]))]
+    assert evaluate(model, data) == 3 / 5
+
+
+def test_norms_and_biases_are_not_decayed() -> None:
+    model = small_net()
+    decayed, free = parameter_groups(model, 0.1)
+    assert [p.shape for p in decayed["params"]] == [(8, 4), (2, 8)]
+    assert len(free["params"]) == 4  # two biases, norm weight and norm bias
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+
+
+def test_frozen_parameters_stay() -> None:
+    model = small_net()
+    model.first.weight.requires_grad_(False)
+    before = state(model)
+    train(model, separable(), epochs=1, seed=0)
+    assert torch.equal(model.first.weight, before["first.weight"])
+    assert not torch.equal(model.last.weight, before["last.weight"])
+
+
+def test_the_learning_rate_rises_then_falls_to_zero() -> None:
+    factors = [warmup_cosine(step, steps=100) for step in range(101)]
+    assert factors[:10] == [(step + 1) / 10 for step in range(10)]
+    assert factors[10] == 1.0
+    assert all(later < earlier for earlier, later in pairwise(factors[10:]))
+    assert factors[100] == 0.0
+
+
+def test_finetuning_moves_the_weights_less_than_training() -> None:
+    moved: list[float] = []
+    for method in (train, finetune):
+        model = small_net()
+        before = model.first.weight.detach().clone()
+        method(model, separable(), epochs=2, seed=0)
+        moved.append(float((model.first.weight.detach() - before).norm()))
+    assert 0 < moved[1] < moved[0] / 2
+
+
+def test_a_loss_of_ones_own_is_used() -> None:
+    calls: list[int] = []
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append(len(targets))
+        return nn.functional.mse_loss(outputs, nn.functional.one_hot(targets, 2).float())
+
+    train(small_net(), separable(), epochs=2, loss=loss, seed=0)
+    assert calls == [16] * 8
+
+
+def test_every_epoch_is_reported() -> None:
+    seen: list[Epoch] = []
+    history = train(small_net(), separable(), epochs=3, validation=separable(), progress=seen.append)
+    assert tuple(seen) == history
+    assert [(epoch.number, epoch.of) for epoch in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert all(epoch.accuracy is not None for epoch in seen)
+
+
+@pytest.mark.parametrize(
+    ("data", "epochs", "message"),
+    [([], 1, "empty"), (iter(separable()), 1, "no length"), (separable(), 0, "at least 1")],
+)
+def test_training_on_nothing_is_refused(data: Any, epochs: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(small_net(), data, epochs=epochs)
+
+
+def test_evaluation_on_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="empty"):
+        evaluate(small_net(), [])
+
+
+def test_the_digits_split_is_stratified_fixed_and_without_overlap() -> None:
+    pytest.importorskip("sklearn")
+    data, again, other = digits(), digits(), digits(seed=1)
+    parts = [data.train, data.validation, data.test]
+    assert sum(len(part) for part in parts) == 1797
+    assert torch.equal(data.test.tensors[0], again.test.tensors[0])
+    assert not torch.equal(data.test.tensors[1], other.test.tensors[1])
+    shares = torch.stack([part.tensors[1].bincount(minlength=10) / len(part) for part in parts])
+    assert (shares.amax(0) - shares.amin(0)).max() < 0.01
+    pictures = {bytes(image.numpy()) for part in parts for image in part.tensors[0]}
+    assert len(pictures) == 1797
+
+
+def test_digits_are_normalised_by_the_training_part() -> None:
+    pytest.importorskip("sklearn")
+    images = digits().train.tensors[0]
+    assert images.shape[1:] == (1, SIDE, SIDE)
+    assert abs(float(images.mean())) < 1e-4
+    assert abs(float(images.std()) - 1) < 1e-4
+
+
+def test_the_demo_network_maps_pictures_to_ten_classes() -> None:
+    model = DigitsNet(width=4, blocks=1)
+    assert model(torch.zeros(2, 1, SIDE, SIDE)).shape == (2, 10)
+
+
+@pytest.mark.slow
+def test_the_demo_network_learns_the_digits() -> None:
+    pytest.importorskip("sklearn")
+    data = digits()
+    model = trained_digits_net(data)
+    assert evaluate(model, batches(data.test, batch_size=256)) >= 0.97
+    assert not model.training
