@@ -57,7 +57,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 	  || { echo "setup: '$(PYTHON) -m venv' failed (Debian and Ubuntu ship it apart, as python3-venv)" >&2; exit 1; }
 	@echo "setup: 2/3 torch and torchvision, the pair in constraints.txt (large downloads, minutes the first time)"
-	@$(PIP) install --quiet -c constraints.txt torch torchvision \
+	@$(PIP) install -c constraints.txt torch torchvision \
 	  || { echo "setup: installing torch and torchvision failed; the reason is above" >&2; exit 1; }
 	@echo "setup: 3/3 slimc with the extras cpu, demo and dev"
 	@$(PIP) install --quiet -c constraints.txt -e '.[cpu,demo,dev]' \

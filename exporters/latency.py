@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -21,6 +22,10 @@ PROVIDERS: Mapping[str, str] = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 
 # Fewer pairs than this cannot give a 95% interval of a median: all 5 on one side of it has a chance of 6%.
 _MIN_PAIRS = 6
+# One file against itself gave intervals without 1 in 5 of 30 tries, since two sessions place their memory
+# differently, but never one without 0.98 ... 1.02.
+_RESOLUTION = 0.02
+_BUSY = 1.4
 _START_SECONDS = 600.0  # TensorRT may compile for minutes before the first run
 _CHILD = (
     "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_module('slimc.exporters.paired', run_name='__main__')"
@@ -31,10 +36,12 @@ _CHILD = (
 class LatencyResult:
     """Latency of one or two ONNX files; milliseconds of one call, inputs and outputs in host memory.
 
-    `before_ms` and `after_ms` are medians; `speedup` is the median over pairs of before / after (not the quotient
-    of the medians) and `ci95` its bootstrap 95% interval. With one file, `after` and the ratios are None. With
-    `skipped`, the reason, there is no figure at all. `precision` is the weights' type. `tiny_weights_*` is the
-    share of weights with 0 < |w| < 1e-30. `warnings` are sentences for people.
+    `before_ms` and `after_ms` are medians over all runs, with warm caches, as when the file is deployed alone.
+    `speedup` is the median over pairs of before / after (not the quotient of the medians), `ci95` its bootstrap
+    95% interval, `rounds` the number of pairs. With one file, `after` and the ratios are None. With `skipped`,
+    the reason, there is no figure at all. `precision` is the weights' type, `tiny_weights_*` the share of weights
+    with 0 < |w| < 1e-30, `lost_fast_path` the convolutions that are slow only since the cut, `load_average` the
+    machine's over the minute before. `warnings` are sentences for people.
     """
 
     runtime: str
@@ -57,14 +64,20 @@ class LatencyResult:
     fast_path_after: FastPath | None = None
     lost_fast_path: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    load_average: float | None = None
     skipped: str | None = None
 
     @property
     def conclusive(self) -> bool:
-        """Whether the two files differ: enough pairs, and an interval that leaves out 1."""
+        """Whether the two files differ: enough pairs, and an interval that leaves out 1 ± 2%."""
         if self.ci95 is None or self.rounds < _MIN_PAIRS:
             return False
-        return self.ci95[0] > 1.0 or self.ci95[1] < 1.0
+        return self.ci95[0] > 1.0 + _RESOLUTION or self.ci95[1] < 1.0 - _RESOLUTION
+
+    @property
+    def busy(self) -> bool:
+        """Whether a median is so far above the smallest time that other programs must have had the cores."""
+        return any(timing.p50 > _BUSY * timing.min for timing in (self.before, self.after) if timing is not None)
 
 
 def measure(
@@ -97,12 +110,14 @@ def measure(
         shapes={name: list(shape) for name, shape in (input_shapes or {}).items()},
         seed=seed,
     )
+    load = machine.load_average()
     answer = _ask(request)
     if "error" in answer:
         raise UsageError(answer["error"])
     if "skipped" in answer:
         return LatencyResult(runtime, request.provider, request.threads, batch, skipped=answer["skipped"])
-    return _result(runtime, request, _outcome(answer["outcome"]))
+    result = _result(runtime, request, _outcome(answer["outcome"]), load)
+    return dataclasses.replace(result, warnings=(*result.warnings, *_busy_warning(result)))
 
 
 def _runtime() -> str:
@@ -167,7 +182,7 @@ def _outcome(data: dict[str, Any]) -> Outcome:
     )
 
 
-def _result(runtime: str, request: Request, outcome: Outcome) -> LatencyResult:
+def _result(runtime: str, request: Request, outcome: Outcome, load: float | None) -> LatencyResult:
     paired = len(request.paths) == 2
     lost = fast_path.lost(outcome.fast_paths[0], outcome.fast_paths[1]) if paired else ()
     return LatencyResult(
@@ -190,6 +205,7 @@ def _result(runtime: str, request: Request, outcome: Outcome) -> LatencyResult:
         fast_path_before=outcome.fast_paths[0],
         fast_path_after=outcome.fast_paths[1] if paired else None,
         lost_fast_path=lost,
+        load_average=load,
         warnings=_warnings(request, outcome, lost),
     )
 
@@ -199,8 +215,8 @@ def _warnings(request: Request, outcome: Outcome, lost: tuple[str, ...]) -> tupl
     for path, share in zip(request.paths, outcome.tiny_weights, strict=True):
         if share > 0.01:
             found.append(
-                f"{path}: {share:.0%} of the weights are below 1e-30, so products with them are denormal numbers, which are "
-                "slow. They are flushed to zero here; deploy with session.set_denormal_as_zero=1."
+                f"{path}: {share:.0%} of the weights are below 1e-30, so products with them are denormal numbers, "
+                "which are slow. They are flushed to zero here; deploy with session.set_denormal_as_zero=1."
             )
     if request.provider == CPU and not outcome.denormals_flushed:
         found.append("denormal numbers were not flushed to zero: tiny weights may slow one of the files")
@@ -215,3 +231,12 @@ def _warnings(request: Request, outcome: Outcome, lost: tuple[str, ...]) -> tupl
     if len(request.paths) == 2 and outcome.rounds < _MIN_PAIRS:
         found.append(f"only {outcome.rounds} pairs fit into the time budget: too few to conclude anything")
     return tuple(found)
+
+
+def _busy_warning(result: LatencyResult) -> tuple[str, ...]:
+    if not result.busy:
+        return ()
+    return (
+        "the machine was busy: the median run took over 1.4 times as long as the fastest. The figures hold for such a "
+        "load only; measure again on an idle machine or with fewer --threads.",
+    )

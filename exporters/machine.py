@@ -43,14 +43,14 @@ class Machine:
 
 def describe() -> Machine:
     """Describe this machine as this process may use it: cores after affinity and container limits."""
-    text = _CPUINFO.read_text(errors="replace") if _CPUINFO.exists() else ""
+    text = _cpuinfo()
     return Machine(
         cpu=cpu_model(text),
         physical_cores=physical_cores(text),
         logical_cores=logical_cores(),
         simd=simd_level(text),
         memory_bytes=_memory_bytes(),
-        load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        load_average=load_average(),
         platform=platform.platform(),
         versions=_versions(),
         providers=onnxruntime_providers(),
@@ -102,6 +102,11 @@ def simd_level(cpuinfo: str) -> Simd:
     if "avx512f" in flags:
         return "AVX-512"
     return "AVX2" if "avx2" in flags else "other"
+
+
+def load_average() -> float | None:
+    """Return how many processes wanted a core over the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def onnxruntime_providers() -> tuple[str, ...]:

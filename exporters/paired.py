@@ -49,6 +49,7 @@ _DTYPES = {
 }
 _MIN_ROUNDS, _MAX_ROUNDS = 20, 5000
 _MIN_WARMUP = 3
+_REFILL_SECONDS = 0.01
 _TINY = 1e-30
 _RESAMPLES = 2000
 
@@ -107,33 +108,39 @@ def median_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, 
 
 
 def take_turns(
-    runs: Sequence[Callable[[], float]],
+    runs: Sequence[Callable[[], list[float]]],
     *,
     budget_seconds: float,
     precision: float,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
-) -> NDArray[np.float64]:
-    """Call the runs in turn, in random order within each round; returns their results, [rounds, len(runs)].
+) -> list[list[list[float]]]:
+    """Call the runs in turn, in random order within each round; returns their results, [round][run].
 
     Ends when the interval of the median (of the ratio, for two) is within ±`precision` of it, or the budget is used.
     """
     start = clock()
     generator = np.random.default_rng(seed)
-    results: list[list[float]] = []
+    results: list[list[list[float]]] = []
     next_check = _MIN_ROUNDS
     while len(results) < _MAX_ROUNDS:
-        row = [0.0] * len(runs)
+        row: list[list[float]] = [[] for _ in runs]
         for index in generator.permutation(len(runs)):
             row[index] = runs[index]()
         results.append(row)
         if clock() - start >= budget_seconds:
             break
         if len(results) == next_check:
-            if _precise(_figure(np.array(results)), precision):
+            if _precise(figures(results), precision):
                 break
             next_check = math.ceil(next_check * 1.5)
-    return np.array(results)
+    return results
+
+
+def figures(results: Sequence[Sequence[Sequence[float]]]) -> NDArray[np.float64]:
+    """Return per round what the interval is about: before / after for two files, the time itself for one."""
+    medians = np.array([[np.median(turn) for turn in row] for row in results])
+    return np.asarray(medians[:, 0] / medians[:, 1] if medians.shape[1] == 2 else medians[:, 0])
 
 
 def measure(request: Request) -> Outcome:
@@ -147,7 +154,7 @@ def measure(request: Request) -> Outcome:
     warnings = [
         note for path, feed in zip(request.paths, feeds, strict=True) for note in _placement(path, feed, request)
     ]
-    runs = [_timed(session, feed) for session, feed in zip(sessions, feeds, strict=True)]
+    runs = [_turn(session, feed) for session, feed in zip(sessions, feeds, strict=True)]
     start = time.perf_counter()
     warmup = _warm_up(runs, request.budget_seconds / 10)
     gc.collect()
@@ -165,9 +172,9 @@ def measure(request: Request) -> Outcome:
         batch=_batch(feeds[0]),
         rounds=len(results),
         warmup=warmup,
-        timings=tuple(_timing(column) for column in results.T),
-        speedup=float(np.median(_figure(results))) if len(runs) == 2 else None,
-        interval=median_interval(_figure(results)) if len(runs) == 2 else None,
+        timings=tuple(_timing(turns) for turns in zip(*results, strict=True)),
+        speedup=float(np.median(figures(results))) if len(runs) == 2 else None,
+        interval=median_interval(figures(results)) if len(runs) == 2 else None,
         dtypes=tuple(dtype for dtype, _ in weights),
         denormals_flushed=flushed,
         tiny_weights=tuple(share for _, share in weights),
@@ -181,17 +188,13 @@ def denormals_flushed() -> bool:
     return not np.any(np.full(64, 1e-38, np.float32) * np.float32(0.01))
 
 
-def _figure(results: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return what the interval is about: before / after for two files, the time itself for one."""
-    return results[:, 0] / results[:, 1] if results.shape[1] == 2 else results[:, 0]
-
-
 def _precise(values: NDArray[np.float64], precision: float) -> bool:
     low, high = median_interval(values)
     return high - low <= 2 * precision * float(np.median(values))
 
 
-def _timing(seconds: NDArray[np.float64]) -> Timing:
+def _timing(turns: Sequence[Sequence[float]]) -> Timing:
+    seconds = np.concatenate(turns)
     p50, p90, p99 = (float(value) for value in np.percentile(seconds * 1e3, [50, 90, 99]))
     return Timing(p50, p90, p99, float(seconds.min() * 1e3))
 
@@ -284,18 +287,28 @@ def _batch(feed: dict[str, NDArray[Any]]) -> int:
     return next((array.shape[0] for array in feed.values() if array.ndim), 1)
 
 
-def _timed(session: Any, feed: dict[str, NDArray[Any]]) -> Callable[[], float]:
-    def run() -> float:
-        session.run(None, feed)  # untimed: refills the caches that the other file's turn emptied
-        start = time.perf_counter()
-        session.run(None, feed)
-        return time.perf_counter() - start
+def _turn(session: Any, feed: dict[str, NDArray[Any]]) -> Callable[[], list[float]]:
+    """Return a function that has one turn: untimed runs for a while, then timed ones, in seconds."""
 
-    return run
+    def turn() -> list[float]:
+        # The other file's turn emptied the caches: without this, a small net after a big one seems 1.4 times slower
+        # than it is when deployed alone.
+        untimed, end = 0, time.perf_counter() + _REFILL_SECONDS
+        while not untimed or time.perf_counter() < end:
+            session.run(None, feed)
+            untimed += 1
+        timed = []
+        for _ in range(math.ceil(untimed / 2)):
+            start = time.perf_counter()
+            session.run(None, feed)
+            timed.append(time.perf_counter() - start)
+        return timed
+
+    return turn
 
 
-def _warm_up(runs: Sequence[Callable[[], float]], seconds: float) -> int:
-    """Run everything until `seconds` have passed, at least 3 rounds; returns the rounds."""
+def _warm_up(runs: Sequence[Callable[[], list[float]]], seconds: float) -> int:
+    """Take turns until `seconds` have passed, at least 3 rounds; returns the rounds."""
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < _MIN_WARMUP or time.perf_counter() < end:

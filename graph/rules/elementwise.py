@@ -37,19 +37,7 @@ from ..rule import Axes, infers
     "where",
     "nan_to_num",
     "prelu",
-    # pointwise, though torch does not tag them so
     "hardswish",
-    "hardsigmoid",
-    "hardtanh",
-    "relu6",
-    "mish",
-    "selu",
-    "celu",
-    "elu",
-    "leaky_relu",
-    "rrelu",
-    "softshrink",
-    "hardshrink",
 )
 def pointwise(walk: Inference, node: Node) -> Axes:
     """Operands align at the right; axes of one index broadcast and stay out of it."""

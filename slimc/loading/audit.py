@@ -80,7 +80,9 @@ def _children(module: nn.Module, path: str, label: str) -> Iterator[tuple[str, n
             raise LoadError(f"{where}: has no table {table}; the file is damaged or made by hand. Save it again.")
         for name, value in entries.items():
             if not isinstance(name, str) or not (value is None or isinstance(value, wanted)):
-                raise LoadError(f"{where}: entry {name!r} of {table} is a {type(value).__name__}. Save the model again.")
+                raise LoadError(
+                    f"{where}: entry {name!r} of {table} is a {type(value).__name__}. Save the model again."
+                )
     for name, child in state["_modules"].items():
         if child is not None:
             yield name, child
@@ -133,6 +135,7 @@ def check_values(model: nn.Module, label: str) -> None:
 
 def check_kind(name: str, tensor: torch.Tensor, label: str) -> None:
     """Refuse tensors whose numbers cannot be read, compared and cut like plain ones."""
+    is_wrapper: bool = is_traceable_wrapper_subclass(tensor)
     if tensor.is_quantized:
         seen, advice = f"is quantized ({tensor.dtype})", "Give the float model and quantize the result."
     elif tensor.layout != torch.strided:
@@ -141,7 +144,7 @@ def check_kind(name: str, tensor: torch.Tensor, label: str) -> None:
         seen, advice = f"is complex ({tensor.dtype})", "Complex weights are not supported."
     elif tensor.is_meta:
         seen, advice = "is on the meta device and has no values", "Load real weights before saving."
-    elif is_traceable_wrapper_subclass(tensor):
+    elif is_wrapper:
         seen, advice = f"is a {type(tensor).__name__}", "Save plain tensors (full_tensor() or dequantize() first)."
     elif tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size() and not _is_broadcast(tensor):
         seen, advice = f"claims shape {list(tensor.shape)} over fewer bytes", "Save it after .contiguous()."

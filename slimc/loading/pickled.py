@@ -61,7 +61,7 @@ def checked_copy(archive: Archive, allow: Sequence[str]) -> tuple[Any, io.BytesI
 def _unpickle(copy: io.BytesIO, program: Program, allow: Sequence[str], label: str) -> Any:
     with _no_safe_globals(), project_on_path():
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
-        torch.serialization.add_safe_globals(policy.check(program, unknown, allow, label))
+        torch.serialization.add_safe_globals([*policy.check(program, unknown, allow, label)])
         copy.seek(0)
         try:
             with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import sys
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,7 +30,8 @@ MODULE_PACKAGES = (
     "transformers.pytorch_utils",
 )
 
-# Plain classes that library models keep as attributes, beside four of Python's own; found by saving every torchvision and timm model.
+# Plain classes that library models keep as attributes (found by saving those of torchvision and timm), and
+# a few of Python's own.
 _VALUE_CLASSES = frozenset(
     {
         "argparse.Namespace",
@@ -56,7 +58,14 @@ _VALUE_CLASSES = frozenset(
 _HELD_FUNCTIONS = frozenset(
     {f"torch.nn.functional.{name}" for name in ("relu", "relu6", "silu", "elu", "hardswish", "leaky_relu", "mish")}
     | {f"torch._C._nn.{name}" for name in ("gelu", "softplus", "hardtanh")}
-    | {"torch.relu", "torch.sigmoid", "torch.tanh", "torch.flatten", "torchvision.ops.boxes.box_iou"}
+    | {
+        "torch.relu",
+        "torch.sigmoid",
+        "torch.tanh",
+        "torch.flatten",
+        "torchvision.ops.boxes.box_iou",
+        "torchvision.models.optical_flow.raft._pass_through_h",
+    }
 )
 
 # Names that loading calls: with these arguments come tensors, containers and plain values, nothing else.
@@ -91,6 +100,7 @@ _CALLED = _REBUILD | {
     "functools.partial",
 }
 
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "numpy")
 _QUANTIZED = "Quantized and quantization-aware modules are not supported: prune the float model, quantize afterwards."
 _ADVICE = (
     ("torch.fx", "An fx.GraphModule rebuilds itself by running source text from the file. Save it with "
@@ -204,10 +214,12 @@ def _advice(named: Global) -> str:
 
 def _refusal(named: Global, label: str) -> LoadError:
     package = named.module.partition(".")[0]
-    text = _advice(named) or (
-        f"If {package} is code of yours or code that you trust, add --allow {package} (it will be imported). "
-        "Otherwise save model.state_dict() and give the architecture with --arch."
-    )
+    text = _advice(named)
+    if not text and package not in _LIBRARIES and package not in sys.stdlib_module_names:
+        text = f"If {package} is code of yours or code that you trust, add --allow {package} (it will be imported). "
+    text = text or "Do not use the file if you do not know where it comes from. "
+    if not _advice(named):
+        text += "From a source that you trust, save model.state_dict() and give the architecture with --arch."
     return LoadError(f"{label}: the file names {named}, which is not a class that a model may be made of. {text}")
 
 

@@ -29,7 +29,9 @@ _PATH = re.compile(r"[\w.\-]*", re.ASCII)
 _TREE_TYPES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 _REFUSED_KEYS = frozenset({"as_custom_obj", "custom_obj", "as_graph", "as_operator", "as_opaque", "as_complex"})
 _NAME_KEYS = frozenset({"name", "as_name"})
-_NAME_TABLES = frozenset({"tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values", "range_constraints"})
+_NAME_TABLES = frozenset(
+    {"tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values", "range_constraints"}
+)
 _PATH_KEYS = frozenset(
     {"fqn", "parameter_name", "buffer_name", "tensor_constant_name", "user_input_name", "custom_obj_name"}
 )
@@ -37,11 +39,13 @@ _KEPT_METADATA = frozenset({"stack_trace", "nn_module_stack", "torch_fn"})
 _MAX_EXPRESSION = 20_000
 _SYMBOL = re.compile(r"[a-z]{1,3}\d+", re.ASCII)
 _EXPONENTS = frozenset({"Integer(-1)", "Integer(2)", "Integer(-2)", "Integer(3)", "Rational(1, 2)"})
-_SIZE_FUNCTIONS = frozenset(
-    "Integer Rational Float Add Mul Max Min floor ceiling FloorDiv ModularIndexing Where PythonMod Mod CleanDiv "
-    "CeilToInt FloorToInt CeilDiv IntTrueDiv FloatTrueDiv TruncToInt RoundToInt ToFloat Identity Not And Or Eq Ne Lt "
-    "Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan".split()
-)
+_SIZE_FUNCTIONS = frozenset({
+    "Integer", "Rational", "Float", "Add", "Mul", "Max", "Min", "floor", "ceiling", "FloorDiv",
+    "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",
+    "IntTrueDiv", "FloatTrueDiv", "TruncToInt", "RoundToInt", "ToFloat", "Identity", "Not", "And", "Or", "Eq",
+    "Ne", "Lt", "Le", "Gt", "Ge", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan",
+    "GreaterThan",
+})  # fmt: skip
 
 
 def checked_program(text: bytes, label: str) -> tuple[bytes, tuple[str, ...]]:
@@ -190,13 +194,17 @@ def checked_payloads(text: bytes, sizes: dict[str, int], label: str) -> tuple[by
         raise LoadError(f"{label}: the table of weights is malformed. Export again.")
     used: set[str] = set()
     for name, payload in config.items():
-        path, meta = (payload.get("path_name"), payload.get("tensor_meta")) if isinstance(payload, dict) else (None, None)
+        path, meta = (
+            (payload.get("path_name"), payload.get("tensor_meta")) if isinstance(payload, dict) else (None, None)
+        )
         if not isinstance(payload, dict) or payload.get("use_pickle") or not isinstance(meta, dict):
             raise LoadError(
                 f"{label}: {name} is stored as a pickle, which may run code. Export the model with plain dense tensors."
             )
         if not isinstance(path, str) or not re.fullmatch(r"(weight|tensor)_\d+", path) or path not in sizes:
-            raise LoadError(f"{label}: {name} is stored as {path!r}, which is no plain tensor of this file. Not loaded.")
+            raise LoadError(
+                f"{label}: {name} is stored as {path!r}, which is no plain tensor of this file. Not loaded."
+            )
         if not _PATH.fullmatch(name):
             raise LoadError(f"{label}: {name!r} is no module path. The file was changed after export; not loaded.")
         if _elements(meta, name, label) > sizes[path]:

@@ -35,10 +35,11 @@ class Difference:
 
 def read_safetensors(path: Path) -> StateDict:
     """Read a .safetensors file: its header is JSON and its tensors are bytes, so nothing can run."""
-    safetensors = __import__("safetensors.torch", fromlist=["load_file"])
+    from safetensors.torch import load_file
+
     _check_header(path)
     try:
-        state: StateDict = safetensors.load_file(str(path), device="cpu")
+        state: StateDict = load_file(str(path), device="cpu")
     except Exception as error:  # SafetensorError comes from Rust and derives from Exception
         raise LoadError(f"{path}: not a readable safetensors file ({error}). Copy or download it again.") from error
     return state
@@ -136,7 +137,7 @@ def _without_common_prefix(state: StateDict) -> tuple[str, StateDict] | None:
 
 
 def _adapted(state: StateDict, built: Built) -> tuple[Built, tuple[str, ...]]:
-    """Build again with the file's number of classes, or with or without auxiliary heads, if that is all that differs."""
+    """Build again with the file's number of classes and auxiliary heads, where those are what differs."""
     options: dict[str, Any] = {}
     notes: list[str] = []
     found = differences(state, built.model)
@@ -166,8 +167,7 @@ def _file_classes(found: list[Difference]) -> int | None:
 
 def _describe(found: list[Difference], state: StateDict, built: Built, arch: str, label: str) -> str:
     lines = [f"{label}: {len(found)} of {len(state)} tensors do not fit {arch}:"]
-    for part in found[:_SHOWN]:
-        lines.append(f"  {part.name}: file {_shape(part.file)}, {built.name} {_shape(part.model)}")
+    lines += [f"  {p.name}: file {_shape(p.file)}, {built.name} {_shape(p.model)}" for p in found[:_SHOWN]]
     if len(found) > _SHOWN:
         lines.append(f"  and {len(found) - _SHOWN} more")
     lines.append(_hint(found, state))

@@ -140,7 +140,7 @@ def _proof_headline(report: Report) -> Headline:
 def _accuracy_headline(report: Report) -> Headline:
     accuracy = report.accuracy
     if accuracy is None:
-        return Headline("Accuracy", "not measured", "no labelled data was given", "plain")
+        return Headline("Accuracy", "not measured", "no accuracy stage in this run", "plain")
     before, pruned, after = (
         text.metric(v, accuracy.metric) for v in (accuracy.before, accuracy.pruned, accuracy.after)
     )

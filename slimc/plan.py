@@ -1,0 +1,235 @@
+"""The plan: which indices of which tensors stay, as data that can be read, edited and applied again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from .errors import PlanError
+from .graph.groups import Grouping
+from .graph.infer import Types, attribute
+from .graph.resize import Cut
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlanGroup:
+    """One group: its name, how wide it was, how many channels stay, and the tensor axes it shrinks."""
+
+    name: str
+    width: int
+    kept: int
+    exact: bool
+    members: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cut of one architecture.
+
+    kept: for every parameter and buffer that shrinks, per axis, the surviving indices of the original, ascending.
+    shapes: the original shape of every tensor in `kept`, by which another architecture is recognised.
+    source_sha256: hash of the names, shapes and bytes of the weights that the plan was made for.
+    """
+
+    kept: dict[str, dict[int, list[int]]]
+    shapes: dict[str, list[int]]
+    groups: tuple[PlanGroup, ...] = ()
+    targets: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    source_sha256: str | None = None
+
+    # -- as a file ------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        data = asdict(self)
+        data["kept"] = {name: {str(axis): list(ix) for axis, ix in axes.items()} for name, axes in self.kept.items()}
+        data["groups"] = [asdict(group) | {"members": [list(m) for m in group.members]} for group in self.groups]
+        return {"format": FORMAT, **data}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan; raises PlanError that says where the file is wrong."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise PlanError(f"{path} is no JSON: {error}") from error
+        return Plan.from_dict(data, str(path))
+
+    @staticmethod
+    def from_dict(data: Any, source: str = "plan") -> Plan:
+        """A plan from JSON data; raises PlanError that says where it is wrong."""
+        if not isinstance(data, dict) or not isinstance(data.get("kept"), dict):
+            raise PlanError(f'{source} is no plan: it needs "kept", a table from tensor name to kept indices')
+        if data.get("format", FORMAT) != FORMAT:
+            raise PlanError(f"{source} has plan format {data['format']}; this slimc reads format {FORMAT}")
+        kept = {name: _axes(name, axes, source) for name, axes in data["kept"].items()}
+        shapes = data.get("shapes") or {}
+        groups = tuple(
+            PlanGroup(g["name"], g["width"], g["kept"], g["exact"], tuple((m[0], m[1]) for m in g["members"]))
+            for g in data.get("groups") or ()
+        )
+        return Plan(
+            kept, shapes, groups, data.get("targets") or {}, data.get("method") or {}, data.get("versions") or {},
+            data.get("source_sha256"),
+        )
+
+    # -- as a cut -------------------------------------------------------------------------------------
+
+    def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The kept slices of a state dictionary; needs no graph."""
+        self._check_tensors(state)
+        result = dict(state)
+        for name, axes in self.kept.items():
+            for axis, indices in axes.items():
+                result[name] = result[name].index_select(axis, _index(indices, result[name]))
+        return result
+
+    def alive(self, types: Types) -> npt.NDArray[np.bool_]:
+        """Which variables of a model live under this plan; checks that coupled indices go together."""
+        module = types.captured.module
+        tensors = {name: attribute(module, name) for name in types.tensors}
+        aliases = {alias: first for first, names in types.aliases.items() for alias in names}
+        self._check_tensors(tensors | {alias: tensors[first] for alias, first in aliases.items()})
+        kept = {aliases.get(name, name): axes for name, axes in self.kept.items()}
+        alive = np.zeros(types.solution.variables, np.bool_)
+        masks = {}
+        for name, axes in types.tensors.items():
+            for axis, terms in enumerate(axes):
+                mask = np.ones(len(terms), np.bool_)
+                if axis in kept.get(name, {}):
+                    mask[:] = False
+                    mask[kept[name][axis]] = True
+                masks[name, axis] = mask
+                lives = types.solution.factors(terms)[mask]
+                alive[lives[lives >= 0]] = True
+        untouched = np.ones(types.solution.variables, np.bool_)
+        for axes in types.tensors.values():
+            for terms in axes:
+                factors = types.solution.factors(terms)
+                untouched[factors[factors >= 0]] = False
+        alive |= untouched
+        _check_coupling(types, alive, masks)
+        return alive
+
+    def _check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, axes in self.kept.items():
+            if name not in tensors:
+                raise PlanError(
+                    f"the plan cuts {name}, which this model does not have (or does not use). "
+                    "A plan fits only the architecture it was made for."
+                )
+            shape = list(tensors[name].shape)
+            if name in self.shapes and list(self.shapes[name]) != shape:
+                raise PlanError(
+                    f"{name} has shape {shape} in this model, but the plan was made for {list(self.shapes[name])}. "
+                    "A plan fits only the architecture it was made for."
+                )
+            for axis, indices in axes.items():
+                _check_indices(name, axis, indices, shape)
+
+
+def make(types: Types, grouping: Grouping, cut: Cut, **facts: Any) -> Plan:
+    """Write down a cut of a captured model."""
+    kept: dict[str, dict[int, list[int]]] = {}
+    shapes: dict[str, list[int]] = {}
+    for first, axes in types.tensors.items():
+        shrunk = {i: cut.indices(axis).tolist() for i, axis in enumerate(axes) if not cut.whole(axis)}
+        for name in types.aliases.get(first, (first,)) if shrunk else ():
+            kept[name] = shrunk
+            shapes[name] = [len(axis) for axis in axes]
+    groups = tuple(
+        PlanGroup(
+            group.name, group.width, int(cut.alive[group.variables].sum()), group.exact,
+            tuple((member.tensor, member.axis) for member in group.members),
+        )
+        for group in grouping.groups
+    )
+    return Plan(kept, shapes, groups, **facts)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of names, shapes, types and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        data = tensor.detach().cpu().contiguous()
+        digest.update(memoryview(data.reshape(-1).view(_bytes_of(data)).numpy()) if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    import torch
+
+    return torch.uint8 if tensor.dtype != torch.bool else torch.bool
+
+
+def _index(indices: list[int], like: Tensor) -> Tensor:
+    import torch
+
+    return torch.tensor(indices, dtype=torch.int64, device=like.device)
+
+
+def _axes(name: str, axes: Any, source: str) -> dict[int, list[int]]:
+    if not isinstance(axes, dict):
+        raise PlanError(f'{source}: "kept" of {name} must be a table from axis to indices')
+    result = {}
+    for axis, indices in axes.items():
+        whole = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
+        if not str(axis).isdigit() or not whole:
+            raise PlanError(f"{source}: {name}, axis {axis!r}: wanted an axis number and a list of whole numbers")
+        result[int(axis)] = indices
+    return result
+
+
+def _check_indices(name: str, axis: int, indices: list[int], shape: list[int]) -> None:
+    where = f"{name}, axis {axis}"
+    if axis >= len(shape):
+        raise PlanError(f"{where}: the tensor has only {len(shape)} axes")
+    if not indices:
+        raise PlanError(f"{where}: keeps 0 of {shape[axis]} indices; at least 1 is needed")
+    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+        raise PlanError(f"{where}: kept indices must be ascending, each once")
+    if indices[0] < 0 or indices[-1] >= shape[axis]:
+        raise PlanError(f"{where}: index {indices[-1] if indices[0] >= 0 else indices[0]} is outside 0..{shape[axis] - 1}")
+
+
+def _check_coupling(types: Types, alive: npt.NDArray[np.bool_], masks: dict[tuple[str, int], npt.NDArray[np.bool_]]) -> None:
+    """Every index lives exactly if its variables do; an edit that breaks a group is named."""
+    for (name, axis), mask in masks.items():
+        terms = types.tensors[name][axis]
+        implied = types.solution.kept(terms, alive)
+        wrong = np.flatnonzero(implied != mask)
+        if not wrong.size:
+            continue
+        index = int(wrong[0])
+        factors = types.solution.factors(terms)[index]
+        if not (factors >= 0).any():
+            cause = types.store.cause(int(terms[index]))
+            raise PlanError(f"{name}, axis {axis}: index {index} cannot go: {cause.reason}")
+        partner = next(
+            f"{other}, axis {position}"
+            for (other, position), kept in masks.items()
+            if (np.isin(types.solution.factors(types.tensors[other][position])[kept], factors[factors >= 0])).any()
+        )
+        raise PlanError(
+            f"{name}, axis {axis}: index {index} is removed, but {partner} keeps an index of the same channel. "
+            "Coupled indices go together; edit all members of the group."
+        )

@@ -1,0 +1,185 @@
+"""The planner: from scores and budgets to the channels that stay.
+
+All channels of all groups stand in one ranking, lowest score first. The smallest number of lowest-ranked
+channels that meets every budget goes (found by bisection, since every cost falls with every removal); then
+channels come back, best first, wherever that still meets every budget. What is left cannot take one more
+channel, or one more rounding step, of any group.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UnreachableTarget
+from .graph.cost import Costs, Widths
+from .graph.groups import Grouping
+from .scores import Scores
+
+CostOf = Callable[[Widths], Costs]
+METRIC = {"flops": "macs", "params": "params", "size": "size", "memory": "memory"}
+_PROTECTED = 0.1
+"""The best tenth of each group goes last, so that no layer collapses while others can still give."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the planner chose.
+
+    kept: per group, the positions (in the group) of the channels that stay, ascending.
+    round_to: the alignment that was reached; smaller than asked only where the budget forced it.
+    """
+
+    kept: tuple[npt.NDArray[np.int64], ...]
+    widths: Widths
+    costs: Costs
+    round_to: int
+
+
+def plan(
+    grouping: Grouping,
+    cost: CostOf,
+    scores: Sequence[Scores],
+    limits: Mapping[str, float],
+    *,
+    round_to: int,
+    may_relax: bool,
+    ignored: Sequence[int] = (),
+) -> Choice:
+    """Choose channels so that every limit holds.
+
+    limits: metric to the largest value allowed, per sample.
+    round_to: axes are cut to multiples of this; with `may_relax` a smaller power of two is taken where the
+        limits cannot be met otherwise.
+    ignored: numbers of groups that stay whole.
+    Raises UnreachableTarget with the smallest reachable value.
+    """
+    attempt = round_to
+    while True:
+        search = _Search(grouping, cost, scores, limits, attempt, frozenset(ignored))
+        smallest = cost(search.smallest)
+        if search.fits(smallest):
+            return search.choose()
+        if attempt == 1 or not may_relax:
+            raise UnreachableTarget(_unreachable(limits, smallest, cost(search.full), attempt))
+        attempt = max(1, attempt // 2)
+
+
+def _unreachable(limits: Mapping[str, float], smallest: Costs, full: Costs, round_to: int) -> str:
+    missed = []
+    for metric, limit in limits.items():
+        least, before = getattr(smallest, METRIC[metric]), getattr(full, METRIC[metric])
+        if least > limit:
+            missed.append(
+                f"--{metric} asks for at most {limit / before:.4g} of the original, "
+                f"the smallest that can be reached is {least / before:.4g} ({least:.6g})"
+            )
+    hint = " Try --round-to 1." if round_to > 1 else ""
+    return "; ".join(missed) + f". Raise the target, or ignore fewer layers.{hint}"
+
+
+class _Search:
+    """One search with one alignment."""
+
+    def __init__(
+        self,
+        grouping: Grouping,
+        cost: CostOf,
+        scores: Sequence[Scores],
+        limits: Mapping[str, float],
+        round_to: int,
+        ignored: frozenset[int],
+    ) -> None:
+        self.cost, self.limits, self.round_to = cost, limits, round_to
+        self.full = np.array([group.width for group in grouping.groups], np.int64)
+        self.step = steps(grouping, round_to)
+        floor = np.array([group.floor for group in grouping.groups], np.int64)
+        self.smallest = np.minimum(self.full, np.maximum(floor, np.where(floor > 0, self.step, 0)))
+        for number in ignored:
+            self.smallest[number] = self.full[number]
+        # Best first within each group, so that a width says which channels stay.
+        self.order = [np.argsort(-own, kind="stable") for own in scores]
+        self.scores = [own[order] for own, order in zip(scores, self.order, strict=True)]
+        self.ranking = self._rank()
+
+    def _rank(self) -> npt.NDArray[np.int64]:
+        """The group of each removable channel, in order of removal."""
+        groups, protected, values = [], [], []
+        for number, own in enumerate(self.scores):
+            places = np.arange(self.smallest[number], self.full[number])
+            groups.append(np.full(len(places), number))
+            protected.append(places < math.ceil(_PROTECTED * self.full[number]))
+            values.append(own[places])
+        if not groups:
+            return np.zeros(0, np.int64)
+        order = np.lexsort((np.concatenate(values), np.concatenate(protected)))
+        ranked: npt.NDArray[np.int64] = np.concatenate(groups)[order]
+        return ranked
+
+    def fits(self, costs: Costs) -> bool:
+        """Whether every limit holds."""
+        return all(getattr(costs, METRIC[metric]) <= limit for metric, limit in self.limits.items())
+
+    def choose(self) -> Choice:
+        """Bisect the ranking, then give back what fits."""
+        low, high = 0, len(self.ranking)  # removing `high` fits, removing fewer than `low` does not
+        while low < high:
+            middle = (low + high) // 2
+            if self.fits(self.cost(self._widths(middle))):
+                high = middle
+            else:
+                low = middle + 1
+        widths = self._give_back(self._widths(high))
+        kept = tuple(np.sort(order[:width]) for order, width in zip(self.order, widths.tolist(), strict=True))
+        return Choice(kept, widths, self.cost(widths), self.round_to)
+
+    def _widths(self, removed: int) -> Widths:
+        left = self.full - np.bincount(self.ranking[:removed], minlength=len(self.full))
+        return self._rounded(left)
+
+    def _rounded(self, left: Widths) -> Widths:
+        """The nearest allowed width: a multiple of the group's step, or the full width."""
+        down = left // self.step * self.step
+        up = np.minimum(down + self.step, self.full)
+        nearest = np.where(left - down < up - left, down, up)
+        nearest = np.where(left == down, left, nearest)
+        return np.clip(np.where(left == self.full, left, nearest), self.smallest, self.full)
+
+    def _give_back(self, widths: Widths) -> Widths:
+        widths = widths.copy()
+        waiting = [(-self._next_score(n, widths), n) for n in range(len(widths)) if widths[n] < self.full[n]]
+        heapq.heapify(waiting)
+        while waiting:
+            _, number = heapq.heappop(waiting)
+            before = widths[number]
+            widths[number] = min(before // self.step[number] * self.step[number] + self.step[number], self.full[number])
+            if not self.fits(self.cost(widths)):
+                widths[number] = before
+            elif widths[number] < self.full[number]:
+                heapq.heappush(waiting, (-self._next_score(number, widths), number))
+        return widths
+
+    def _next_score(self, number: int, widths: Widths) -> float:
+        return float(self.scores[number][widths[number]])
+
+
+def steps(grouping: Grouping, round_to: int) -> Widths:
+    """Channels that must go together in each group so that the axes it shrinks stay multiples of `round_to`.
+
+    Where an axis is a product of groups (heads times head size), the widest of them is rounded and the others
+    are free, since the product is then aligned whatever they are.
+    """
+    needed = np.ones(len(grouping.groups), np.int64)
+    for axis in grouping.axes:
+        for coefficient, names in axis.terms:
+            if not names:
+                continue
+            widest = max(names, key=lambda n: (grouping.groups[n].width, -n))
+            step = round_to // math.gcd(round_to, coefficient)
+            needed[widest] = max(needed[widest], step)
+    return needed

@@ -1,0 +1,120 @@
+"""The rewriter: a new graph with sliced tensors and new literal sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from .graph import rule
+from .graph.infer import Types, attribute, module_path
+from .graph.resize import Cut, Resizing
+
+
+class Rewritten:
+    """The rewritten graph, and which of its nodes came from which original node."""
+
+    def __init__(self, module: GraphModule, twins: dict[Node, Node]) -> None:
+        self.module = module
+        self.twins = twins
+
+
+def rewrite(types: Types, cut: Cut) -> Rewritten:
+    """Slice every tensor of a captured model and rewrite every literal that follows from a size.
+
+    The original graph and its tensors are left as they are.
+    """
+    original = types.captured.module
+    root = _tree(slice_tensors(types, cut))
+    twins: dict[Node, Node] = {}
+    graph = Graph()
+    graph.output(graph.graph_copy(original.graph, twins))
+    graph.set_codegen(original.graph._codegen)  # how arguments and results are packed
+    _copy_untensored(original, graph, root)
+    module = GraphModule(root, graph, class_name=f"Slim{_name(original)}")
+    # graph_copy returns the output's argument; its node is the last of the new graph.
+    twins[next(reversed(original.graph.nodes))] = next(reversed(module.graph.nodes))
+    twins = {old: new for old, new in zip(original.graph.nodes, module.graph.nodes, strict=True)}
+    work = Resizing(types, cut.alive)
+    for old, new in twins.items():
+        if old.op == "call_function" and (resize := rule.RESIZE.get(rule.operator_name(old))) and work.touches(old):
+            resize(work, old, new)
+    module.graph.lint()
+    module.recompile()
+    module.eval()
+    return Rewritten(module, twins)
+
+
+def slice_tensors(types: Types, cut: Cut) -> dict[str, Tensor]:
+    """Every parameter and buffer of the graph with only its kept indices, by every name it has."""
+    sliced: dict[str, Tensor] = {}
+    for name, axes in types.tensors.items():
+        tensor = attribute(types.captured.module, name)
+        small = tensor.detach()
+        for position, axis in enumerate(axes):
+            if not cut.whole(axis):
+                small = small.index_select(position, cut.indices(axis).to(small.device))
+        if small.data_ptr() == tensor.data_ptr():
+            small = small.clone()
+        if isinstance(tensor, nn.Parameter):
+            small = nn.Parameter(small, requires_grad=tensor.requires_grad)
+        for alias in types.aliases.get(name, (name,)):
+            sliced[alias] = small
+    return sliced
+
+
+def _tree(tensors: dict[str, Tensor]) -> nn.Module:
+    """Empty modules that hold tensors under their qualified names."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        owner = root
+        *path, last = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(last, tensor)
+        else:
+            owner.register_buffer(last, tensor)
+    return root
+
+
+def _copy_untensored(original: GraphModule, graph: Graph, root: nn.Module) -> None:
+    """What the graph reads besides tensors: sub-graphs of higher-order operators and constant objects."""
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = attribute(original, str(node.target))
+        if not isinstance(value, Tensor):
+            owner, _, last = str(node.target).rpartition(".")
+            setattr(root.get_submodule(owner), last, value)
+
+
+def _name(module: GraphModule) -> str:
+    paths = {module_path(node) for node in module.graph.nodes}
+    return "Model" if not paths else "GraphModule"
+
+
+def shapes_agree(types: Types, cut: Cut, rewritten: Rewritten) -> str | None:
+    """Name the first node whose shape differs from what the terms predict; None if all agree."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    work = Resizing(types, cut.alive)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    prop = FakeTensorProp(rewritten.module, mode)
+    with torch.no_grad():
+        prop.propagate(*_flat_inputs(types))
+    for old, new in rewritten.twins.items():
+        value, axes = new.meta.get("val"), types.values.get(old)
+        if isinstance(value, Tensor) and isinstance(axes, tuple) and tuple(value.shape) != work.shape(axes):
+            return f"{old.name}: shape {tuple(value.shape)}, predicted {work.shape(axes)}"
+    return None
+
+
+def _flat_inputs(types: Types) -> list[object]:
+    from torch.utils import _pytree as pytree
+
+    example = types.captured.example
+    return list(pytree.tree_leaves((example.args, example.kwargs)))

@@ -1,0 +1,111 @@
+"""Scores: how much each channel matters, on one footing for all groups.
+
+A scorer is one file in `scorers/`: it gives every channel of every group a number, larger for what matters more.
+The scores of a group's members are summed; `normalise` then makes groups comparable for the global ranking.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .errors import InternalError, UsageError
+from .graph.groups import Group, Grouping
+from .graph.infer import Types, attribute
+
+Scores = npt.NDArray[np.float64]
+"""[width] one number per channel of a group."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a scorer may look at."""
+
+    types: Types
+    grouping: Grouping
+    norm: str
+    seed: int
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer by its fully qualified name."""
+        found: Tensor = attribute(self.types.captured.module, name).detach()
+        return found
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether it is trained, not a buffer."""
+        return isinstance(attribute(self.types.captured.module, name), torch.nn.Parameter)
+
+    def per_channel(self, group: Group, name: str, axis: int, per_index: Scores) -> Scores:
+        """Sum a number per index of one axis into a number per channel of a group."""
+        place = self.places(group)
+        factors = self.types.solution.factors(self.types.tensors[name][axis])
+        total = np.zeros(group.width + 1)
+        for column in range(factors.shape[1]):
+            np.add.at(total, place[factors[:, column]], per_index)
+        return total[:-1]
+
+    def places(self, group: Group) -> npt.NDArray[np.int64]:
+        """For each variable its position in a group; the group's width for all others (and for -1)."""
+        place = np.full(self.types.solution.variables + 1, group.width)
+        place[group.variables] = np.arange(group.width)
+        return place
+
+
+Scorer = Callable[[Subject], list[Scores]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scorer with its name, one line about it, and its source."""
+
+    name: str
+    summary: str
+    source: str
+    score: Scorer
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def scorer(name: str, summary: str, source: str) -> Callable[[Scorer], Scorer]:
+    """Register a scorer under the name that users type."""
+
+    def register(function: Scorer) -> Scorer:
+        if name in _METHODS:
+            raise InternalError(f"two scorers are called {name!r}")
+        _METHODS[name] = Method(name, summary, source, function)
+        return function
+
+    return register
+
+
+def methods() -> dict[str, Method]:
+    """All scorers by name; the folder listing is the registry."""
+    package = importlib.import_module("slimc.scorers")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"slimc.scorers.{module.name}")
+    return dict(sorted(_METHODS.items()))
+
+
+def find(name: str) -> Method:
+    """The scorer of that name."""
+    known = methods()
+    if name not in known:
+        raise UsageError(f"there is no scorer {name!r}; known: {', '.join(known)}")
+    return known[name]
+
+
+def normalise(scores: Sequence[Scores]) -> list[Scores]:
+    """Divide each group's scores by their mean, so that groups of different size and scale can be ranked together."""
+    result = []
+    for own in scores:
+        mean = own.mean() if own.size else 0.0
+        result.append(own / mean if mean > 0 else np.ones_like(own))
+    return result

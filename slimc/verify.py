@@ -1,0 +1,277 @@
+"""Translation validation: removal must equal masking.
+
+The reference is the original graph, interpreted with every removed index set to zero in every value; where a
+normalisation takes statistics over indices that were removed, it takes them over the kept ones. The rewritten
+graph must give the same outputs. Both run in float64, where a wrong index differs by orders of magnitude more
+than rounding does.
+
+A proof must be able to fail: the cut has to move the outputs by far more than the error. Where it does not
+(weights of zero, layer scales near zero), the check runs once more with all parameters redrawn; it concerns
+indices, which do not depend on the weights' values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from .errors import VerificationError
+from .graph.capture import Example
+from .graph.infer import Types, attribute, tensors_of
+from .graph.resize import Cut
+from .rewrite import Rewritten
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+_TELLING = 1e3
+"""The cut must move the outputs by this many times the error for the proof to mean something."""
+
+Read = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared.
+
+    max_relative_error: largest difference over largest output, over all outputs and inputs.
+    moved: how far the cut moved the outputs, in the same measure; None if nothing was cut.
+    redrawn: whether parameters had to be redrawn for the proof to be telling.
+    """
+
+    max_relative_error: float
+    moved: float | None
+    dtype: str
+    inputs: int
+    redrawn: bool
+
+
+def verify(types: Types, cut: Cut, rewritten: Rewritten, inputs: Sequence[Example], seed: int = 0) -> Proof:
+    """Compare the rewritten graph with the masked original on each of the inputs.
+
+    Raises VerificationError naming the first node that differs.
+    """
+    dtype = torch.float64
+    check = _Check(types, cut, rewritten, dtype)
+    original = types.captured.module
+    error, moved = 0.0, 0.0
+    for example in inputs:
+        e, m = check.run(example, lambda name: attribute(original, name))
+        error, moved = max(error, e), max(moved, m)
+    redrawn = not cut.alive.all() and moved < _TELLING * error
+    if redrawn or (not cut.alive.all() and moved < 1e-9):
+        redrawn = True
+        e, moved = check.run(inputs[0], _redrawn(original, seed))
+        error = max(error, e)
+    return Proof(error, moved if not cut.alive.all() else None, str(dtype).removeprefix("torch."), len(inputs), redrawn)
+
+
+def random_inputs(example: Example, count: int, seed: int) -> list[Example]:
+    """The example and others of its shape: floats redrawn with its spread, integers shuffled within their range."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [example]
+    for number in range(1, count):
+        scale = 1.0 if number % 2 else 3.0
+        made.append(example.map(lambda t, s=scale: _like(t, s, generator)))
+    return made
+
+
+def _like(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    if tensor.is_floating_point():
+        spread = float(tensor.std()) if tensor.numel() > 1 else 1.0
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+        return (noise * scale * (spread or 1.0) + float(tensor.mean())).to(tensor)
+    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+    return tensor.reshape(-1)[order].reshape(tensor.shape)
+
+
+class _Check:
+    def __init__(self, types: Types, cut: Cut, rewritten: Rewritten, dtype: torch.dtype) -> None:
+        self.types, self.cut, self.rewritten, self.dtype = types, cut, rewritten, dtype
+
+    def run(self, example: Example, read: Read) -> tuple[float, float]:
+        """(error, how far the cut moved the outputs) on one input."""
+        leaves = pytree.tree_leaves((example.args, example.kwargs))
+        with torch.no_grad():
+            wanted = Masked(self.types, self.cut, self.rewritten, read, self.dtype).results(leaves)
+            slim = Plain(self.rewritten.module, self._sliced(read), self.dtype).results(leaves)
+            error = _distance(slim, wanted)
+            if not error <= TOLERANCE[self.dtype]:
+                raise VerificationError(self._first_difference(leaves, read, error))
+            moved = _distance(Plain(self.types.captured.module, read, self.dtype).results(leaves), wanted)
+        return error, moved
+
+    def _sliced(self, read: Read) -> Read:
+        """Tensors of the rewritten graph, cut out of those that `read` gives for the original."""
+        first = {alias: name for name, names in self.types.aliases.items() for alias in names}
+
+        def sliced(name: str) -> Any:
+            axes = self.types.tensors.get(first.get(name, name))
+            if axes is None:
+                return attribute(self.rewritten.module, name)
+            return _gather(read(name), axes, self.cut)
+
+        return sliced
+
+    def _first_difference(self, leaves: list[Any], read: Read, error: float) -> str:
+        """Run both graphs once more, keep every value, and name the first node that differs."""
+        masked = Masked(self.types, self.cut, self.rewritten, read, self.dtype)
+        plain = Plain(self.rewritten.module, self._sliced(read), self.dtype)
+        masked.results(leaves, keep=True)
+        plain.results(leaves, keep=True)
+        for old, new in self.rewritten.twins.items():
+            axes, value = self.types.values.get(old), masked.env.get(old)
+            if not isinstance(value, Tensor) or new not in plain.env or axes is None:
+                continue
+            wanted, got = _gather(value, axes, self.cut), plain.env[new]
+            if wanted.shape != got.shape or not _distance([got], [wanted]) <= TOLERANCE[self.dtype]:
+                stack = old.meta.get("nn_module_stack")
+                module = list(stack.values())[-1][0] if stack else ""
+                return (
+                    f"the rewritten model differs from the masked original by {error:.2g} of the output; "
+                    f"the first node that differs is {old.name} ({old.target}{f' in {module}' if module else ''}). "
+                    "Nothing was written. This is a fault of slimc: please report it with the model."
+                )
+        return f"the rewritten model differs from the masked original by {error:.2g} of the output, at no single node"
+
+
+class Plain(Interpreter):
+    """A graph run in another precision, with its tensors read through a function."""
+
+    def __init__(self, module: GraphModule, read: Read, dtype: torch.dtype) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.read, self.dtype = read, dtype
+
+    def results(self, leaves: list[Any], keep: bool = False) -> list[Tensor]:
+        """The output tensors for flat inputs; `keep` leaves all values in `env`."""
+        self.garbage_collect_values = not keep
+        found = self.run(*[self._cast(leaf) for leaf in leaves], enable_io_processing=False)
+        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+
+    def _cast(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            # A copy, since in-place operators and masks would write into the caller's tensor.
+            return value.detach().to(self.dtype, copy=True) if value.is_floating_point() else value.detach().clone()
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor in the run's precision."""
+        return self._cast(self.read(str(target)))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The operator, with literal types of the model's precision widened."""
+        if "_assert_tensor_metadata" in str(target):
+            return None
+        args, kwargs = pytree.tree_map_only(torch.dtype, self._widen, (tuple(args), dict(kwargs)))
+        return super().call_function(target, args, kwargs)
+
+    def _widen(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype if dtype.is_floating_point else dtype
+
+
+class Masked(Plain):
+    """The original graph with every removed index set to zero in every value."""
+
+    def __init__(self, types: Types, cut: Cut, rewritten: Rewritten, read: Read, dtype: torch.dtype) -> None:
+        super().__init__(types.captured.module, read, dtype)
+        self.types, self.cut, self.rewritten = types, cut, rewritten
+        self._statistics = {node for node, axis in types.renormalising if not cut.whole(axis)}
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node as usual, or over kept indices, then zero what was removed."""
+        value = self._over_kept(n) if n in self._statistics else super().run_node(n)
+        axes = self.types.values.get(n)
+        if isinstance(value, Tensor) and axes is not None:
+            return self._zero(value, axes)
+        if isinstance(value, (tuple, list)) and axes is not None:
+            return [self._zero(v, a) if isinstance(v, Tensor) else v for v, a in zip(value, axes, strict=True)]
+        return value
+
+    def _zero(self, value: Tensor, axes: Any) -> Tensor:
+        for position, axis in enumerate(axes):
+            if self.cut.whole(axis):
+                continue
+            removed = torch.from_numpy(np.flatnonzero(~self.cut.kept(axis))).to(value.device)
+            if 0 in value.stride():
+                value = value.clone()
+            # Filled, not multiplied: a removed 0 / 0 must not survive. In place, so that views see it too.
+            value.index_fill_(position, removed, 0)
+        return value
+
+    def _over_kept(self, node: Node) -> Any:
+        """Gather the kept indices, run the operator with its new literals, and put the result back."""
+        new = self.rewritten.twins[node]
+        back = {self.rewritten.twins[source]: source for source in node.all_input_nodes}
+
+        def kept(source: Node) -> Any:
+            value = self.env[back[source]]
+            return _gather(value, self.types.values[back[source]], self.cut) if isinstance(value, Tensor) else value
+
+        args, kwargs = torch.fx.node.map_arg((new.args, new.kwargs), kept)
+        small = self.call_function(new.target, args, kwargs)
+        axes = self.types.values[node]
+        if isinstance(small, Tensor):
+            return _scatter(small, axes, self.cut)
+        return [_scatter(item, own, self.cut) for item, own in zip(small, axes, strict=True)]
+
+
+def _gather(value: Tensor, axes: Any, cut: Cut) -> Tensor:
+    for position, axis in enumerate(axes):
+        if not cut.whole(axis):
+            value = value.index_select(position, cut.indices(axis).to(value.device))
+    return value
+
+
+def _scatter(small: Tensor, axes: Any, cut: Cut) -> Tensor:
+    for position, axis in enumerate(axes):
+        if not cut.whole(axis):
+            shape = list(small.shape)
+            shape[position] = len(axis)
+            small = small.new_zeros(shape).index_copy_(position, cut.indices(axis).to(small.device), small)
+    return small
+
+
+def _distance(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest difference over the largest reference value, over all outputs; NaN where one side is NaN."""
+    worst = 0.0
+    for value, reference in zip(values, wanted, strict=True):
+        if value.shape != reference.shape:
+            return float("inf")
+        if not reference.numel():
+            continue
+        if not reference.is_floating_point():
+            worst = max(worst, float((value != reference).double().mean()))
+            continue
+        scale = float(reference.abs().max())
+        difference = float((value - reference).abs().max())
+        relative = difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+        worst = relative if np.isnan(relative) else max(worst, relative)
+    return worst
+
+
+def _redrawn(module: GraphModule, seed: int) -> Read:
+    """Other values for every parameter: near the old ones in scale, and never near zero all over."""
+    drawn: dict[int, Tensor] = {}
+
+    def read(name: str) -> Any:
+        tensor = attribute(module, name)
+        if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point():
+            return tensor
+        if id(tensor) not in drawn:
+            generator = torch.Generator().manual_seed(seed + len(drawn))
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+            fan_in = max(1, tensor[0].numel()) if tensor.dim() > 1 else 1
+            drawn[id(tensor)] = noise * (fan_in**-0.5) if tensor.dim() > 1 else 0.5 + 0.25 * noise
+        return drawn[id(tensor)]
+
+    return read
+
+
+def groups_in(types: Types) -> int:
+    """How many values the proof covers."""
+    return sum(len(tensors_of(value)) for value in types.values.values())

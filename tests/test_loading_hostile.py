@@ -1,0 +1,302 @@
+"""Files made to run code, to exhaust memory or to mislead: each is refused, and nothing in it runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from slimc.errors import LoadError
+from slimc.loading import load, load_state_dict_file
+
+
+class Attack:
+    """Pickles as a call of ``os.system``."""
+
+    def __init__(self, marker: Path) -> None:
+        self.command = f"touch {marker}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+class Reduced:
+    """Pickles as any call."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> str:
+    """A copy of an archive with other contents and right checksums."""
+    copy = path.with_name(f"changed-{path.name}")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w", compression) as target:
+        for info in source.infolist():
+            target.writestr(info.filename, change(info.filename, source.read(info)))
+    return str(copy)
+
+
+def with_pickle(tmp_path: Path, stream: bytes) -> str:
+    path = tmp_path / "base.pt"
+    torch.save(nn.Linear(2, 2), path)
+    return rewritten(path, lambda name, content: stream if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize("where", ["alone", "attribute", "checkpoint", "state_dict"])
+def test_a_call_of_os_system_does_not_run(where: str, tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "model.pt"
+    model = nn.Linear(2, 2)
+    model.extra = Attack(marker)  # type: ignore[assignment]
+    value = {
+        "alone": Attack(marker),
+        "attribute": model,
+        "checkpoint": {"model": nn.Linear(2, 2), "args": Attack(marker)},
+        "state_dict": {**nn.Linear(2, 2).state_dict(), "x": Attack(marker)},
+    }[where]
+    torch.save(value, path)
+    for read in (load, load_state_dict_file):
+        with pytest.raises(LoadError, match=r"posix\.system|os\.system|nt\.system"):
+            read(str(path))
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the attack must be a real one"
+
+
+def test_allowing_a_package_does_not_let_the_file_call_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(Reduced(shutil.copyfile, ("a", "b")), path)
+    with pytest.raises(LoadError, match=r"shutil\.copyfile"):
+        load(str(path))
+    torch.save(Reduced(torch.nn.init.ones_, (torch.ones(2),)), path)
+    with pytest.raises(LoadError, match=r"calls torch\.nn\.init\.ones_ while loading"):
+        load(str(path), allow=["torch"])
+
+
+def test_a_graph_module_is_refused_as_it_executes_text(tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "model.pt"
+    traced = fx.symbolic_trace(nn.ReLU())
+    body = {**traced.__dict__, "_code": f"import os\nos.system('touch {marker}')\ndef forward(self, x): return x"}
+    torch.save(Reduced(fx.graph_module.reduce_graph_module, (body, "")), path)
+    with pytest.raises(LoadError, match=r"torch\.fx.*source text"):
+        load(str(path))
+    torch.save(traced, path)
+    with pytest.raises(LoadError, match=r"torch\.fx.*source text"):
+        load(str(path))
+    assert not marker.exists()
+
+
+def test_a_module_that_the_file_constructs_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(Reduced(nn.Linear, (60000, 20000)), path)
+    start = time.monotonic()
+    with pytest.raises(LoadError, match=r"calls torch\.nn\.modules\.linear\.Linear"):
+        load(str(path))
+    assert time.monotonic() - start < 1.0
+
+
+@pytest.mark.parametrize("maker", [torch.Tensor, torch.FloatTensor])
+def test_a_tensor_that_the_file_allocates_is_refused(maker: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"weight": Reduced(maker, (1 << 40,))}, path)
+    with pytest.raises(LoadError, match="calls torch"):
+        load_state_dict_file(path)
+
+
+def test_a_constructor_behind_a_rebuild_function_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    rebuild = torch._tensor._rebuild_from_type_v2  # type: ignore[attr-defined]
+    torch.save(Reduced(rebuild, (nn.Linear, torch.Tensor, (60000, 20000), {})), path)
+    with pytest.raises(LoadError, match="special class"):
+        load(str(path))
+
+
+def evil_forward(inputs: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("code from the file ran")
+
+
+@pytest.mark.parametrize("name", ["forward", "_call_impl", "train", "_conv_forward"])
+def test_an_attribute_that_replaces_a_method_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    inner = nn.Conv2d(3, 4, 1)
+    inner.__dict__[name] = torch.nn.functional.relu
+    torch.save(nn.Sequential(inner), path)
+    with pytest.raises(LoadError, match=rf"0 \(Conv2d\).*'{name}' replaces the method"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("table", ["_forward_pre_hooks", "_forward_hooks", "_state_dict_hooks"])
+def test_hooks_are_refused(table: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    model = nn.Sequential(nn.Linear(2, 2))
+    getattr(model[0], table)[1] = torch.nn.functional.relu
+    torch.save(model, path)
+    with pytest.raises(LoadError, match=rf"0 \(Linear\): holds hooks \({table}\)"):
+        load(str(path))
+
+
+def test_hooks_of_a_module_hidden_in_a_list_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    hidden = nn.Linear(2, 2)
+    hidden._forward_pre_hooks[1] = torch.nn.functional.relu
+    model = nn.Linear(2, 2)
+    model.others = {"deep": [(hidden,)]}  # type: ignore[assignment]
+    torch.save(model, path)
+    with pytest.raises(LoadError, match=r"others\.deep\.0\.0 \(Linear\): holds hooks"):
+        load(str(path))
+
+
+def test_a_module_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    model = nn.Sequential(nn.Linear(2, 2))
+    model._modules["1"] = model
+    torch.save(model, path)
+    with pytest.raises(LoadError, match="contains itself"):
+        load(str(path))
+
+
+def test_children_repeated_without_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    model = nn.Sequential(nn.ReLU())
+    for _ in range(40):
+        model = nn.Sequential(model, model)
+    torch.save(model, path)
+    with pytest.raises(LoadError, match="repeats its children"):
+        load(str(path))
+
+
+def test_a_child_that_is_no_module_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    model = nn.Sequential(nn.ReLU())
+    model._modules["1"] = torch.nn.functional.relu  # type: ignore[assignment]
+    torch.save(model, path)
+    with pytest.raises(LoadError, match="entry '1' of _modules is a function"):
+        load(str(path))
+
+
+def test_compressed_entries_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(1 << 20)}, path)
+    bomb = rewritten(path, lambda _, content: content, zipfile.ZIP_DEFLATED)
+    assert os.path.getsize(bomb) * 100 < os.path.getsize(path)
+    with pytest.raises(LoadError, match="is compressed"):
+        load(bomb)
+
+
+def test_duplicate_entries_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(nn.Linear(2, 2), path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("model/data.pkl", b"other")
+    with pytest.raises(LoadError, match="appears twice"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_few_bytes_shown_as_terabytes_are_refused(whole: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    huge = torch.ones(1).as_strided((1 << 20, 1 << 20), (0, 0))
+    model = nn.Linear(2, 2)
+    model.register_buffer("huge", huge)
+    torch.save(model if whole else {"weight": huge}, path)
+    for read in (load, load_state_dict_file):
+        with pytest.raises(LoadError, match=r"shape \[1048576, 1048576\].*1 elements"):
+            read(str(path))
+
+
+def test_a_storage_that_is_shorter_than_claimed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.ones(64)}, path)
+    short = rewritten(path, lambda name, content: content[:16] if name.endswith("data/0") else content)
+    with pytest.raises(LoadError, match=r"data/0 holds 16 bytes.*claims 256"):
+        load(short)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(nn.Linear(64, 64), path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("model/data/0")
+    content[info.header_offset + 400] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=False)  # torch itself does not notice
+    with pytest.raises(LoadError, match=r"data/0 are damaged.*again"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_newer_pickle_protocols_are_explained(protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"a": b"bytes", "w": torch.ones(1)}, path, pickle_protocol=protocol)
+    with pytest.raises(LoadError, match=rf"pickle protocol {protocol}"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"\x80\x02cos\nsystem\nU\x04echoq\x00\x85R.",
+        b"\x80\x02cos.path\nos\n.",
+        b"\x80\x02ctorch\nos.system\n.",
+        b"\x80\x02(cos\nsystem\nX\x02\x00\x00\x00idos\nsystem\n.",
+        b"\x80\x02X\x06\x00\x00\x00systemi",
+        b"\x80\x02(ios\nsystem\n.",
+        b"\x80\x02\x82\x01.",
+        b"\x80\x02\x85.",
+        b"\x80\x02h\x05.",
+        b"\x80\x02RRRR.",
+        b"\x80\x02}}b.",
+        b"",
+        b"\x80",
+        b"\x80\x02N",
+        b"\x80\x02(U\x07storage.",
+        pickle.dumps({"a": 1}, 0),
+    ],
+)
+def test_malformed_streams_are_refused_in_words(stream: bytes, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"changed-base\.pt: "):
+        load(with_pickle(tmp_path, stream))
+
+
+def test_names_inside_library_packages_that_are_no_modules_are_refused(tmp_path: Path) -> None:
+    for name in (
+        "torch.nn.init kaiming_uniform_",
+        "torchvision.models get_model",
+        "torch.nn.parallel.scatter_gather gather",
+    ):
+        module, attribute = name.split()
+        with pytest.raises(LoadError, match="is not a class that a model may be made of"):
+            load(with_pickle(tmp_path, f"\x80\x02c{module}\n{attribute}\n.".encode("latin-1")))
+
+
+def test_a_second_state_for_the_same_object_is_refused(tmp_path: Path) -> None:
+    # the first BUILD could put a function in place of __setstate__, which the second would call
+    stream = b"\x80\x02ctorch.nn.modules.linear\nIdentity\n)\x81}b}b."
+    with pytest.raises(LoadError, match="sets the state"):
+        load(with_pickle(tmp_path, stream))
+
+
+def test_allow_lists_of_other_libraries_are_neither_used_nor_lost(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(Reduced(shutil.copyfile, ("a", "b")), path)
+    before = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([shutil.copyfile])
+        with pytest.raises(LoadError, match=r"shutil\.copyfile"):
+            load(str(path))
+        assert shutil.copyfile in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
