@@ -1,8 +1,8 @@
 """Which convolutions ONNX Runtime runs on its fast CPU path, read from the graph that it optimised.
 
-The fast path (the NCHWc layout, channels in blocks of 8 or 16) needs input channels that are a multiple of 4. A
-convolution that misses it takes 1.3 to 6 times as long, which can eat the whole gain of a cut; no timing is needed
-to see it, since the optimised graph puts the fast ones into a domain of their own.
+The fast path (the NCHWc layout, channels in blocks of 8 or 16) needs input channels that are a multiple of 4, or
+fewer than a block. A convolution that misses it takes 1.3 to 6 times as long, which can eat the whole gain of a
+cut. No timing is needed to see it: the optimised graph puts the fast ones into a domain of their own.
 """
 
 from __future__ import annotations

@@ -32,9 +32,14 @@ def test_nothing_is_left_and_the_old_result_stays_when_the_block_fails(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     target = earlier_result(tmp_path / "out")
-    with pytest.raises(error), whole_folder(target, overwrite=True) as folder:
-        (folder / "report.json").write_text("half")
-        raise error
+
+    def fail() -> None:
+        with whole_folder(target, overwrite=True) as folder:
+            (folder / "report.json").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (target / "report.json").read_text() == "old"
 
@@ -144,9 +149,14 @@ def test_the_result_is_as_readable_as_any_other_file(tmp_path: Path) -> None:
 def test_a_file_moves_in_with_its_companions_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "m.onnx"
     target.write_text("old")
-    with pytest.raises(RuntimeError), whole_file(target) as path:
-        path.write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with whole_file(target) as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"m.onnx": "old"}
     with whole_file(target) as path:
         path.write_text("new")

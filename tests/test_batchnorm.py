@@ -55,7 +55,8 @@ class Reader(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        return self.bn(y).relu() + y
+        out: Tensor = self.bn(y).relu() + y
+        return out
 
 
 def export(model: nn.Module, path: Path) -> tuple[onnx_format.OnnxModel, Counter[str]]:

@@ -218,6 +218,7 @@ def test_missing_files_and_folders_say_what_to_give(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_torchscript_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path = str(tmp_path / "script.pt")
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)

@@ -56,5 +56,5 @@ def test_loading_restores_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_not_a_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.pt2").write_bytes(b"garbage")
-    with pytest.raises(LoadError, match="is not a .pt2 file"):
+    with pytest.raises(LoadError, match=r"is not a \.pt2 file"):
         pt2.load(tmp_path / "m.pt2")

@@ -41,7 +41,9 @@ def test_the_file_loads_with_safetensors_alone(tmp_path: Path) -> None:
     model, other = Tied(), Tied()
     written = safetensors_format.export(model.state_dict(), tmp_path / "m.safetensors")
     assert not torch.equal(model.embed.weight, other.embed.weight)
-    assert load_model(other, written.path) == (set(), [])
+    missing, unexpected = load_model(other, written.path)
+    assert not missing
+    assert not unexpected
     assert torch.equal(model.embed.weight, other.embed.weight)
 
 
@@ -56,7 +58,7 @@ def test_views_are_stored_by_value_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_tensor_without_values_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="conv.weight"):
+    with pytest.raises(OutputError, match=r"conv\.weight"):
         safetensors_format.export({"conv.weight": torch.empty(2, device="meta")}, tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
 

@@ -48,7 +48,8 @@ def run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def _without_traces(program: ExportedProgram) -> ExportedProgram:
     """Build a program that shares the weights of `program` but not its graph, free of the machine's paths."""
     graph = copy.deepcopy(program.graph)
-    for node in graph.nodes:
+    for node, original in zip(graph.nodes, program.graph.nodes, strict=True):
+        node.name = original.name  # copying renames what is a Python builtin, such as an argument called `input`
         node.meta = {key: value for key, value in node.meta.items() if key != "stack_trace"}
     return ExportedProgram(
         root=program.graph_module,

@@ -73,8 +73,16 @@ def open_archive(source: Path | BinaryIO, label: str) -> Archive:
             "Copy or download it again."
         ) from error
     infos = [info for info in opened.infolist() if not info.is_dir()]
+    if not infos:
+        raise LoadError(f"{label}: the archive is empty. Save the model again.")
+    entries = _below_root(infos, label)
+    if any(name == "constants.pkl" or name.startswith("code/") for name in entries):
+        raise LoadError(
+            f"{label}: a TorchScript archive. TorchScript cannot be pruned: save the original nn.Module "
+            "(torch.save(model, ...)) or its state_dict with --arch."
+        )
     _check_directory(infos, _length(opened), label)
-    return Archive(label, opened, _below_root(infos, label))
+    return Archive(label, opened, entries)
 
 
 def _length(opened: zipfile.ZipFile) -> int:
@@ -85,8 +93,6 @@ def _length(opened: zipfile.ZipFile) -> int:
 
 
 def _check_directory(infos: list[zipfile.ZipInfo], length: int, label: str) -> None:
-    if not infos:
-        raise LoadError(f"{label}: the archive is empty. Save the model again.")
     seen: set[str] = set()
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED:

@@ -42,11 +42,6 @@ def checked_copy(archive: Archive, allow: Sequence[str]) -> tuple[Any, io.BytesI
     label = archive.label
     if "data.pkl" not in archive.entries:
         raise LoadError(f"{label}: a zip archive without data.pkl, so not written by torch.save. Give a model file.")
-    if any(name == "constants.pkl" or name.startswith("code/") for name in archive.entries):
-        raise LoadError(
-            f"{label}: a TorchScript archive. TorchScript cannot be pruned: save the original nn.Module "
-            "(torch.save(model, ...)) or its state_dict with --arch."
-        )
     description = archive.read("data.pkl")
     program = scan(description, label)
     _check_storages(program.storages, archive)

@@ -130,7 +130,9 @@ def check(program: Program, unknown: Iterable[str], allow: Sequence[str], label:
     takes. Packages in ``allow`` are imported, which runs their code: the user asked for that by naming them.
     """
     known = {str(name): name for name in program.globals}
-    resolved = {name: _resolve(known[name], allow, label) for name in sorted(unknown)}
+    # the name that says most about what to do is refused first
+    ordered = sorted(unknown, key=lambda name: (_advice_rank(known[name]), name))
+    resolved = {name: _resolve(known[name], allow, label) for name in ordered}
     for call in program.calls:
         _check_call(call, resolved, label)
     for held in program.built:
@@ -209,7 +211,12 @@ def _rebuilds_plain_tensor(arguments: tuple[Any, ...]) -> bool:
 
 
 def _advice(named: Global) -> str:
-    return next((text for prefix, text in _ADVICE if _inside(str(named), (prefix,))), "")
+    rank = _advice_rank(named)
+    return _ADVICE[rank][1] if rank < len(_ADVICE) else ""
+
+
+def _advice_rank(named: Global) -> int:
+    return next((i for i, (prefix, _) in enumerate(_ADVICE) if _inside(str(named), (prefix,))), len(_ADVICE))
 
 
 def _refusal(named: Global, label: str) -> LoadError:

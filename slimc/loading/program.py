@@ -1,8 +1,9 @@
 """The JSON inside a .pt2 file, checked before torch builds a graph from it.
 
-torch.export.load trusts this text: symbolic sizes go through sympy's ``eval``, guards and node names become Python
-source that is executed, and an operator may be any attribute below ``torch`` (``torch.os.system`` is one). So every
-name must be an identifier, every expression arithmetic, and every operator one of PyTorch's own.
+torch.export.load trusts this text (2.14): symbolic sizes go through sympy's ``eval``, and guards and node names become
+Python source that is executed; an operator is looked up as any attribute below ``torch`` (``torch.os.system`` is one),
+where only torch's verifier stands in the way. So every name must be an identifier, every size arithmetic, and every
+operator one of PyTorch's own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from slimc.errors import LoadError
 
 _OPERATOR = re.compile(
     r"torch\.ops\.(aten|prims|torchvision)\.[A-Za-z_]\w*\.[A-Za-z_]\w*"
-    r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+    r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge|and_|or_|not_|abs|lshift|rshift)"
     r"|math\.(ceil|floor|trunc|sqrt)"
     r"|torch\.(sym_int|sym_float|sym_max|sym_min|sym_not|sym_ite|sym_sum|_sym_sqrt)",
     re.ASCII,

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from slimc.loading.builders import construct_torchvision, seeded
 
-# Building all of torchvision without weights takes about 4 s on two cores; nobody waits much longer for a hint.
+# A hint is worth a few seconds; with one model built for each family, about two are needed.
 _SECONDS = 10.0
 _ALLOCATIONS = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full)
 
@@ -38,12 +38,18 @@ def matching_architectures(state: Mapping[str, Tensor]) -> list[tuple[str, bool]
     shapes = _shapes(state)
     exact: list[tuple[str, bool]] = []
     nearly: list[tuple[str, bool]] = []
+    other_families: set[str] = set()
     end = time.monotonic() + _SECONDS
-    for name in models.list_models(exclude=["quantized_*"]):
-        if time.monotonic() > end:
-            break
-        own = _model_shapes(name, shapes)
-        if own is None or own.keys() != shapes.keys():
+    for name in _names(models):
+        family = _family(models, name)
+        if family in other_families or time.monotonic() > end:
+            continue
+        own = _model_shapes(name)
+        if own is None:
+            continue
+        if not {next(iter(own)), next(reversed(own))} <= shapes.keys():
+            other_families.add(family)
+        if own.keys() != shapes.keys():
             continue
         changed = [key for key in own if own[key] != shapes[key]]
         if not changed:
@@ -53,12 +59,23 @@ def matching_architectures(state: Mapping[str, Tensor]) -> list[tuple[str, bool]
     return exact or nearly
 
 
+def _names(models: Any) -> list[str]:
+    families = (models, models.segmentation, models.video)
+    return [name for family in families for name in models.list_models(module=family)]
+
+
+def _family(models: Any, name: str) -> str:
+    """Models that begin and end with tensors of the same name: those of one file, but for segmentation backbones."""
+    module: str = models.get_model_builder(name).__module__
+    return name if ".segmentation" in module else module
+
+
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     # files of old versions lack the counters of batch normalization
     return {n: tuple(v.shape) for n, v in state.items() if isinstance(v, Tensor) and not n.endswith("batches_tracked")}
 
 
-def _model_shapes(name: str, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]] | None:
+def _model_shapes(name: str) -> dict[str, tuple[int, ...]] | None:
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     try:
         with seeded(), _ShapesOnly():

@@ -1,0 +1,195 @@
+"""The eager result: the user's own class with sliced tensors and corrected size attributes.
+
+Which attributes are sizes is not looked up by class. An integer attribute of a module is taken for a size where
+the graph shows that size shrinking in that module's own tensors, values or literals, and all of that evidence
+agrees; input and output evidence settle attributes that say which they are (`in_channels`, `out_features`). The
+module is accepted only if it then computes what the rewritten graph computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from .graph.capture import Example, tensors_only
+from .graph.infer import Types, attribute, module_path
+from .graph.resize import Cut, Resizing
+from .rewrite import Rewritten
+
+Attributes = dict[str, dict[str, Any]]
+"""New values of integer (or tuple of integer) attributes, by module path and attribute name."""
+
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Eager:
+    """The user's class, smaller, with the attributes that were changed; or the reason why there is none."""
+
+    module: nn.Module | None
+    attributes: Attributes
+    reason: str | None
+
+
+def build(model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten, example: Example) -> Eager:
+    """Make the user's class smaller; shares its tensors with the rewritten graph."""
+    small = with_tensors(model, {n: attribute(rewritten.module, n) for n in _names(types)})
+    attributes = _attributes(model, types, cut, rewritten)
+    set_attributes(small, attributes)
+    reason = _difference(small, rewritten, example)
+    return Eager(None, {}, reason) if reason else Eager(small, attributes, None)
+
+
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a module that holds other tensors under the same names; the original is not touched."""
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors.items():
+        memo[id(attribute(model, name))] = tensor
+    # The memory of `deepcopy` hands out the new tensor wherever the old one occurs, ties included.
+    return copy.deepcopy(model, memo)
+
+
+def set_attributes(module: nn.Module, attributes: Attributes) -> None:
+    """Write changed sizes into a module."""
+    for path, values in attributes.items():
+        owner = module.get_submodule(path)
+        for name, value in values.items():
+            setattr(owner, name, tuple(value) if isinstance(value, list) else value)
+
+
+def _names(types: Types) -> list[str]:
+    return [alias for name in types.tensors for alias in types.aliases.get(name, (name,))]
+
+
+def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str | None:
+    modes = {name: module.training for name, module in small.named_modules()}
+    small.eval()
+    try:
+        with torch.no_grad(), tensors_only(small):
+            got = pytree.tree_leaves(example.map(torch.clone).run(small))
+            wanted = pytree.tree_leaves(example.map(torch.clone).run(rewritten.module))
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"{type(small).__name__} does not run with the new sizes: {text[:200]}"
+    finally:
+        for name, module in small.named_modules():
+            module.training = modes[name]
+    pairs = list(zip(_tensors(got), _tensors(wanted), strict=False))
+    if len(_tensors(got)) != len(_tensors(wanted)) or any(a.shape != b.shape for a, b in pairs):
+        return f"{type(small).__name__} returns other shapes than the rewritten graph"
+    worst = max((_relative(a, b) for a, b in pairs), default=0.0)
+    if not worst <= _TOLERANCE:
+        return f"{type(small).__name__} with the new sizes differs from the rewritten graph by {worst:.2g}"
+    return None
+
+
+def _tensors(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if not b.numel() or not b.is_floating_point():
+        return float((a != b).any()) if b.numel() else 0.0
+    scale = float(b.abs().max())
+    return float((a - b).abs().max()) / (scale or 1.0)
+
+
+# -- attributes ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Evidence:
+    """Old sizes seen at a module, each with the new sizes it became."""
+
+    anywhere: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    inputs: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    outputs: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    literals: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    def new_value(self, name: str, value: int) -> int | None:
+        """What an attribute becomes; None where the evidence says nothing or does not agree."""
+        tables = [self.literals, self.anywhere]
+        if name.startswith("in_") or "_in_" in name or name.startswith("input"):
+            tables = [self.inputs]
+        elif name.startswith("out_") or "_out_" in name or name.startswith("output"):
+            tables = [self.outputs]
+        for table in tables:
+            if len(found := table.get(value, set())) == 1:
+                return next(iter(found))
+        return None
+
+
+def _attributes(model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten) -> Attributes:
+    changed: Attributes = {}
+    for path, evidence in _collect(model, types, cut, rewritten).items():
+        try:
+            owner = model.get_submodule(path)
+        except AttributeError:
+            continue
+        for name, value in vars(owner).items():
+            new = _new(evidence, name, value)
+            if new is not None and new != value:
+                changed.setdefault(path, {})[name] = new
+    return changed
+
+
+def _new(evidence: _Evidence, name: str, value: Any) -> Any:
+    if name.startswith("_") or isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return evidence.new_value(name, value)
+    if isinstance(value, tuple) and value and name.endswith("shape") and all(isinstance(v, int) for v in value):
+        found = [evidence.new_value(name, v) for v in value]
+        return tuple(v if f is None else f for v, f in zip(value, found, strict=True))
+    return None
+
+
+def _collect(model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten) -> dict[str, _Evidence]:
+    found: dict[str, _Evidence] = defaultdict(_Evidence)
+    work = Resizing(types, cut.alive)
+    for name in _names(types):
+        owner = name.rpartition(".")[0]
+        small, full = attribute(rewritten.module, name).shape, attribute(model, name).shape
+        for old, new in zip(full, small, strict=True):
+            found[owner].anywhere[old].add(new)
+    for old_node, new_node in rewritten.twins.items():
+        if old_node.op != "call_function":
+            continue
+        evidence = found[module_path(old_node).split("@")[0]]
+        for old, new in _sizes(work, types, old_node):
+            evidence.outputs[old].add(new)
+            evidence.anywhere[old].add(new)
+        for source in old_node.all_input_nodes[:1]:
+            for old, new in _sizes(work, types, source):
+                evidence.inputs[old].add(new)
+                evidence.anywhere[old].add(new)
+        for old, new in _literals(old_node, new_node):
+            evidence.literals[old].add(new)
+    return found
+
+
+def _sizes(work: Resizing, types: Types, node: Node) -> Iterator[tuple[int, int]]:
+    axes = types.values.get(node)
+    if isinstance(axes, tuple) and all(hasattr(axis, "shape") for axis in axes):
+        # Batch, time and space sizes are no evidence: 7 may be a window and a head count at once.
+        channels = [axis for axis in axes if axis.any()]
+        for axis, size in zip(channels, work.shape(tuple(channels)), strict=True):
+            yield len(axis), size
+
+
+def _literals(old: Node, new: Node) -> Iterator[tuple[int, int]]:
+    if old.target != new.target:
+        return
+    before = pytree.tree_leaves((old.args, old.kwargs))
+    after = pytree.tree_leaves((new.args, new.kwargs))
+    for a, b in zip(before, after, strict=False):
+        if isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool) and a != b:
+            yield a, b

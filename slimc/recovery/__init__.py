@@ -1,0 +1,1 @@
+"""One file for each way of fitting what is left after the cut."""

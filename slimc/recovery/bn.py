@@ -1,0 +1,105 @@
+"""Batch-norm re-estimation: new running statistics for the slim network, from unlabelled data.
+
+After a cut the inputs of every batch norm have other means and variances than those it stored. One pass over a few
+hundred samples measures them again; normalisation uses each batch's own statistics on the way, as in training, so
+that later layers see corrected inputs. Weights are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from ..errors import UsageError
+from ..graph.capture import Example
+from ..graph.infer import attribute
+from ..graph.rule import arguments, operator_name
+
+
+@dataclass
+class _Sums:
+    """Pooled statistics of one layer over all batches, per channel, in float64."""
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+    def add(self, x: Tensor) -> None:
+        """Add one batch, x [N, C, ...]."""
+        other = [axis for axis in range(x.dim()) if axis != 1]
+        wide = x.double()
+        self.count += x.numel() // x.shape[1]
+        self.total += wide.sum(other)
+        self.squares += wide.square().sum(other)
+
+
+class _Measuring(Interpreter):
+    """Runs the graph with batch statistics and pools them per layer."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.sums: dict[Node, _Sums] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Batch norms with running statistics are measured; everything else runs as it is."""
+        if not is_reestimated(n):
+            return super().run_node(n)
+        call = arguments(n)
+        x, weight, bias = (
+            self.env[call[name]] if call[name] is not None else None for name in ("input", "weight", "bias")
+        )
+        assert isinstance(x, Tensor)
+        zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        self.sums.setdefault(n, _Sums(0, zeros.clone(), zeros.clone())).add(x)
+        return functional.batch_norm(x, None, None, weight, bias, training=True, eps=call["eps"])
+
+
+def is_reestimated(node: Node) -> bool:
+    """Whether a node is a batch norm that reads running statistics."""
+    if node.op != "call_function" or operator_name(node) != "batch_norm":
+        return False
+    call = arguments(node)
+    return call["running_mean"] is not None and not call["training"]
+
+
+def reestimate(module: GraphModule, batches: Iterable[Example]) -> int:
+    """Replace the running mean and variance of every batch norm; returns how many samples were seen.
+
+    module: a rewritten graph in eval mode; its buffers are written in place.
+    Raises UsageError where the data is empty or has one value per channel only.
+    """
+    measuring = _Measuring(module)
+    samples = 0
+    with torch.no_grad():
+        for batch in batches:
+            measuring.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
+            samples += batch.tensors()[0].shape[0]
+        if not samples:
+            raise UsageError("--data gave no batch, so batch norms cannot be re-estimated")
+        for node, sums in measuring.sums.items():
+            _write(module, node, sums)
+    return samples
+
+
+def _write(module: GraphModule, node: Node, sums: _Sums) -> None:
+    call = arguments(node)
+    if sums.count < 2:
+        raise UsageError("batch norms cannot be re-estimated from one value per channel; give more data")
+    mean = sums.total / sums.count
+    variance = (sums.squares / sums.count - mean.square()).clamp_min(0) * (sums.count / (sums.count - 1))
+    for name, value in (("running_mean", mean), ("running_var", variance)):
+        target = call[name]
+        if isinstance(target, Node) and target.op == "get_attr":
+            attribute(module, str(target.target)).copy_(value)
+
+
+def has_batch_norm(module: GraphModule) -> bool:
+    """Whether there is anything to re-estimate."""
+    return any(is_reestimated(node) for node in module.graph.nodes)

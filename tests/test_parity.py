@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from slimc.errors import ParityError, UsageError
+from slimc.exporters import parity
+from slimc.exporters.formats import onnx as onnx_format
+from slimc.exporters.parity import check, check_onnx, other_inputs, relative_error
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)).eval()
+
+
+def written(model: nn.Module, path: Path) -> tuple[onnx_format.OnnxModel, Tensor]:
+    x = torch.randn(2, 3, 8, 8)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+    return onnx_format.export(program, path), x
+
+
+def test_a_true_export_agrees_at_every_batch_size(tmp_path: Path) -> None:
+    model = net()
+    file, x = written(model, tmp_path / "m.onnx")
+    found = check_onnx(file.path, model, other_inputs((x,), file.batched))
+    assert found.max_relative_error < 1e-5
+    assert (found.cases, found.batches, found.outputs_vary) == (4, (1, 2, 3), True)
+
+
+def test_one_changed_weight_is_found_and_named(tmp_path: Path) -> None:
+    model = net()
+    file, x = written(model, tmp_path / "m.onnx")
+    with torch.no_grad():
+        model.get_parameter("4.bias")[3] += 1e-3
+    with pytest.raises(ParityError, match=r"case 1 of 4 .*output 'output' differs .* relative"):
+        check_onnx(file.path, model, other_inputs((x,), file.batched))
+
+
+def test_an_error_in_small_outputs_is_not_excused_by_an_absolute_tolerance(tmp_path: Path) -> None:
+    model = net()
+    with torch.no_grad():
+        for name in ("4.weight", "4.bias"):
+            model.get_parameter(name).mul_(1e-9)
+    file, x = written(model, tmp_path / "m.onnx")
+    check_onnx(file.path, model, [(x,)])
+    with torch.no_grad():
+        model.get_parameter("4.bias").mul_(2)
+    with pytest.raises(ParityError):
+        check_onnx(file.path, model, [(x,)])
+
+
+def test_a_net_that_answers_the_same_to_everything_is_reported_as_such(tmp_path: Path) -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0
+
+    file, x = written(Constant(), tmp_path / "m.onnx")
+    assert not check_onnx(file.path, Constant(), other_inputs((x,), file.batched)).outputs_vary
+
+
+def test_the_measure_is_the_largest_difference_over_the_largest_value() -> None:
+    # 0.5 apart at most, largest value 4: 0.125
+    assert relative_error(torch.tensor([1.0, -4.5, 2.0]), torch.tensor([1.25, -4.0, 2.0])) == 0.125
+
+
+def test_an_all_zero_output_is_measured_by_its_size_in_other_cases() -> None:
+    zero, nearly = torch.zeros(2), torch.tensor([0.0, 1e-3])
+    assert relative_error(zero, zero) == 0.0
+    assert relative_error(nearly, zero) == math.inf
+    assert relative_error(nearly, zero, 10.0) == pytest.approx(1e-4)
+
+
+def test_a_zero_case_borrows_the_scale_of_the_others() -> None:
+    cases = [(torch.zeros(1),), (torch.full((1,), 100.0),)]
+
+    def run(case: tuple[Tensor, ...]) -> list[Tensor]:
+        return [case[0] + 1e-4]
+
+    found = check(run, lambda x: x, cases, names=["y"], batched=[False], tolerance=1e-5, label="m")
+    assert found.max_relative_error == pytest.approx(1e-6, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "message"),
+    [
+        (torch.tensor([math.nan]), torch.tensor([1.0]), "not a number"),
+        (torch.tensor([1.0]), torch.tensor([math.nan]), "of the model itself"),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.inf]), "infinite in other places"),
+        (torch.tensor([math.inf, 2.0]), torch.tensor([1.0, 2.0]), "infinite in other places"),
+        (torch.tensor([math.inf]), torch.tensor([-math.inf]), "infinite in other places"),
+        (torch.tensor([1.0]), torch.tensor([[1.0]]), "shape"),
+        (torch.tensor([1]), torch.tensor([1.0]), "type"),
+    ],
+)
+def test_what_is_no_close_number_fails(actual: Tensor, expected: Tensor, message: str) -> None:
+    with pytest.raises(ParityError, match=message):
+        relative_error(actual, expected)
+
+
+def test_equal_infinities_and_empty_outputs_agree() -> None:
+    masked = torch.tensor([-math.inf, 2.0])
+    assert relative_error(masked, masked.clone()) == 0.0
+    assert relative_error(torch.zeros(0, 3), torch.zeros(0, 3)) == 0.0
+
+
+def test_whole_numbers_must_be_equal() -> None:
+    assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0.0
+    assert relative_error(torch.tensor([1, 3]), torch.tensor([1, 2])) == math.inf
+
+
+def test_a_missing_output_fails() -> None:
+    with pytest.raises(ParityError, match="has 1 outputs, the model 2"):
+        check(
+            lambda case: [case[0]],
+            lambda x: (x, x),
+            [(torch.ones(1),)],
+            names=["y"],
+            batched=[False],
+            tolerance=1e-5,
+            label="m",
+        )
+
+
+def test_no_inputs_prove_nothing() -> None:
+    with pytest.raises(UsageError, match="at least one set"):
+        check(lambda case: [], lambda: (), [], names=[], batched=[], tolerance=1e-5, label="m")
+
+
+def test_other_inputs_keep_type_and_range_and_fill_the_batch() -> None:
+    tokens = torch.randint(5, 90, (2, 7))
+    mask = torch.tensor([True, False])
+    image = torch.rand(2, 3)
+    sets = other_inputs((tokens, mask, image), (True, False, True))
+    assert [tensor.shape[0] for tensor, _, _ in sets] == [2, 2, 1, 3]
+    assert [tensor.shape[0] for _, tensor, _ in sets] == [2, 2, 2, 2]
+    assert sets[0] == (tokens, mask, image)
+    for ids, flags, pixels in sets[1:]:
+        assert (ids.dtype, flags.dtype, pixels.dtype) == (tokens.dtype, mask.dtype, image.dtype)
+        assert tokens.min() <= ids.min()
+        assert ids.max() <= tokens.max()
+        assert image.min() <= pixels.min()
+        assert pixels.max() <= image.max()
+    assert not torch.equal(sets[1][0], tokens)
+    assert not torch.equal(sets[1][2], image)
+
+
+def test_a_fixed_batch_gives_other_values_only() -> None:
+    assert [case[0].shape for case in other_inputs((torch.rand(4, 2),), (False,))] == [(4, 2)] * 2
+
+
+def test_an_example_of_zeros_does_not_make_a_check_of_zeros() -> None:
+    assert other_inputs((torch.zeros(4, 4),), (False,))[1][0].std() > 0.1
+
+
+def test_drawing_inputs_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    first, second = (other_inputs((torch.arange(9.0),), (False,)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first[1][0], second[1][0])
+
+
+def test_the_module_compares_without_numpys_tolerances() -> None:
+    assert "allclose(" not in Path(parity.__file__).read_text()
