@@ -17,8 +17,8 @@ Simd = Literal["AVX-512", "AVX2", "other"]
 _CPUINFO = Path("/proc/cpuinfo")
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "numpy")
 
-# ONNX Runtime's convolution kernels work on blocks of channels as wide as two vector registers hold or one of
-# them, and fall back to a slow path for widths that are no multiple of 4 (onnxruntime issue #14392).
+# ONNX Runtime's convolution kernels work on blocks of as many channels as one vector register holds floats, and fall
+# back to a slow path for widths that are no multiple of 4 (onnxruntime issue #14392).
 _ALIGNMENT: Mapping[Simd, tuple[int, str]] = {
     "AVX-512": (16, "AVX-512: ONNX Runtime works on blocks of 16 channels"),
     "AVX2": (8, "AVX2: ONNX Runtime works on blocks of 8 channels"),

@@ -39,6 +39,8 @@ class Plan:
     kept: for every parameter and buffer that shrinks, per axis, the surviving indices of the original, ascending.
     shapes: the original shape of every tensor in `kept`, by which another architecture is recognised.
     source_sha256: hash of the names, shapes and bytes of the weights that the plan was made for.
+    attributes: new sizes of the user's own modules, by path and attribute; None where the class cannot take
+        them, and then attributes_note says why.
     """
 
     kept: dict[str, dict[int, list[int]]]
@@ -48,6 +50,8 @@ class Plan:
     method: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     source_sha256: str | None = None
+    attributes: dict[str, dict[str, Any]] | None = None
+    attributes_note: str | None = None
 
     # -- as a file ------------------------------------------------------------------------------------
 
@@ -88,7 +92,7 @@ class Plan:
         )
         return Plan(
             kept, shapes, groups, data.get("targets") or {}, data.get("method") or {}, data.get("versions") or {},
-            data.get("source_sha256"),
+            data.get("source_sha256"), data.get("attributes"), data.get("attributes_note"),
         )
 
     # -- as a cut -------------------------------------------------------------------------------------

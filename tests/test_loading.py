@@ -171,8 +171,9 @@ def test_a_users_package_loads_only_when_it_is_named(tmp_path: Path, monkeypatch
     assert "wombat_nets" not in sys.modules
     before = list(sys.path)
     loaded = load(path, allow=["wombat_nets"])
-    assert loaded.model.options.width == 3
-    assert loaded.model.size.name == "SMALL"
+    kept: Any = loaded.model
+    assert kept.options.width == 3
+    assert kept.size.name == "SMALL"
     assert sys.path == before
 
 
@@ -221,7 +222,7 @@ def test_missing_files_and_folders_say_what_to_give(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_torchscript_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path = str(tmp_path / "script.pt")
-    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)  # type: ignore[no-untyped-call]
     with pytest.raises(LoadError, match=r"TorchScript.*original nn\.Module"):
         load(path)
 

@@ -117,7 +117,7 @@ def test_a_tensor_that_the_file_allocates_is_refused(maker: Any, tmp_path: Path)
 
 def test_a_constructor_behind_a_rebuild_function_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    rebuild = torch._tensor._rebuild_from_type_v2  # type: ignore[attr-defined]
+    rebuild = torch._tensor._rebuild_from_type_v2
     torch.save(Reduced(rebuild, (nn.Linear, torch.Tensor, (60000, 20000), {})), path)
     with pytest.raises(LoadError, match="special class"):
         load(str(path))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -99,14 +100,25 @@ def test_the_file_carries_no_path_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_exporting_is_silent(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
-    exported = batch_program()[1]
+    class Optional(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return x.relu(), None  # torch's exporter logs a warning about the None
+
+    exported = program(Optional(), torch.randn(2, 3))
     capfd.readouterr()
+    caplog.clear()
     recwarn.clear()
+    level = logging.getLogger("torch.onnx").level
     onnx_format.export(exported, tmp_path / "m.onnx")
     assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert len(recwarn) == 0
+    assert logging.getLogger("torch.onnx").level == level
 
 
 def test_outputs_are_named_by_the_keys_the_model_returns(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def _fold_pair(graph: ir.Graph, convolution: ir.Node, norm: ir.Node, folded: _Ca
     eps = epsilon.as_float() if epsilon is not None else 1e-5
     # A module called several times with its norm yields the same pair each time: one folded weight serves all.
     key = (*(id(value) for value in (*convolution.inputs[1:], *norm.inputs[1:])), eps)
-    if True:
+    if key not in folded:
         folded[key] = _folded_parameters(graph, convolution, norm, eps)
     weight, bias = folded[key]
     output = norm.outputs[0]

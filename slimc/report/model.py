@@ -53,16 +53,18 @@ class Verification:
 
     `max_relative_error` is the largest difference between the slim model and the masked original, relative to the
     largest output; `moved` is how far the cut itself moved the output, on the same scale. An error that is not far
-    below `moved` would prove nothing.
+    below `moved` would prove nothing; `redrawn` says that the trained weights told too little, so that the proof was
+    repeated with other ones. `moved` is null where nothing was cut.
     """
 
     passed: bool
     max_relative_error: float
-    moved: float
+    moved: float | None
     dtype: str
     inputs: int
     groups: int
     renormalising_groups: int
+    redrawn: bool = False
 
 
 @dataclass(frozen=True)

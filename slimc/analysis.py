@@ -1,0 +1,162 @@
+"""Analysis: everything known of a model before anything is chosen."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import CaptureError, UsageError
+from .graph.capture import Captured, Example, capture
+from .graph.cost import Costs, Model
+from .graph.groups import Group, Grouping, group
+from .graph.infer import Types, infer
+from .graph.terms import Cause
+
+if TYPE_CHECKING:
+    import networkx
+
+Progress = Callable[[str, str], None]
+"""Called with ("stage", name) when a stage starts and ("note", sentence) for what a person should read."""
+
+
+class Stages:
+    """Times the stages of a run and tells whoever listens."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; a stage entered again adds up."""
+        if self._progress:
+            self._progress("stage", name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def note(self, text: str) -> None:
+        """Say a sentence to a person."""
+        if self._progress:
+            self._progress("note", text)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A captured model with its channel types, groups and costs.
+
+    model: our copy of the caller's model, in eval mode; the graph shares its tensors.
+    modes: whether each module of the caller's model was in training mode.
+    """
+
+    model: nn.Module
+    modes: dict[str, bool]
+    captured: Captured
+    types: Types
+    grouping: Grouping
+    cost: Model
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The channels that go together, in network order."""
+        return self.grouping.groups
+
+    @property
+    def full(self) -> Costs:
+        """What the whole model costs, per sample."""
+        return self.cost(np.array([g.width for g in self.groups], np.int64))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample."""
+        return round(self.full.macs)
+
+    @property
+    def params(self) -> int:
+        """Number of parameters."""
+        return self.full.params
+
+    @property
+    def frozen(self) -> tuple[Cause, ...]:
+        """What keeps channels from being removed, besides the model's inputs and outputs: operators with reasons."""
+        found = {cause: None for cause in self.types.unknown}
+        for axes in self.types.tensors.values():
+            for axis in axes:
+                rows = self.types.solution.factors(axis)
+                for term in axis[(rows < 0).all(axis=1) & (axis > 0)][:1].tolist():
+                    cause = self.types.store.cause(term)
+                    if cause.kind in ("limit", "unknown"):
+                        found[cause] = None
+        return tuple(found)
+
+    def to_networkx(self) -> networkx.Graph:
+        """Groups and tensors as a bipartite graph: an edge where a group shrinks an axis of a tensor."""
+        from .graph.view import to_networkx
+
+        return to_networkx(self.types, self.grouping)
+
+    def dump(self) -> str:
+        """The channel types of every value as text."""
+        from .graph.dump import dump
+
+        return dump(self.types, self.grouping)
+
+    def matching(self, patterns: Sequence[str]) -> list[int]:
+        """Numbers of the groups that touch a module or parameter matching one of the patterns (as file names do)."""
+        found = []
+        for pattern in patterns:
+            hit = [g.number for g in self.groups if any(_matches(m.tensor, pattern) for m in g.members)]
+            if not hit and not any(_matches(name, pattern) for name in self.types.tensors):
+                raise UsageError(
+                    f"--ignore {pattern}: no module or parameter matches. Names look like {next(iter(self.types.tensors))}."
+                )
+            found.extend(hit)
+        return sorted(set(found))
+
+
+def analyse(
+    model: nn.Module, example_inputs: Any, stages: Stages | None = None, device: str | torch.device | None = None
+) -> Analysis:
+    """Capture a copy of a model and infer its channels; the model itself is left as it is."""
+    stages = stages or Stages(None)
+    example = Example.of(example_inputs).map(Tensor.detach)
+    with torch.random.fork_rng():
+        with stages.stage("capture"):
+            modes = {name: module.training for name, module in model.named_modules()}
+            ours = _copy(model)
+            if device is not None:
+                ours, example = ours.to(device), example.map(lambda t: t.to(device))
+            captured = capture(ours, example)
+        with stages.stage("infer"):
+            types = infer(captured)
+            grouping = group(types)
+            cost = Model(types, grouping)
+    return Analysis(ours, modes, captured, types, grouping, cost)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"wanted an nn.Module, got {type(model).__name__}")
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}), and slimc never works on the caller's model itself. "
+            "Remove what cannot be copied (open files, non-leaf tensors kept as attributes) first."
+        ) from error
+
+
+def _matches(tensor: str, pattern: str) -> bool:
+    parts = tensor.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))

@@ -1,0 +1,321 @@
+"""The pipeline: compress, apply, inspect and load, each a list of stages."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import __version__, budget, eager, planner, recover, scores
+from .analysis import Analysis, Progress, Stages, analyse
+from .errors import InternalError, OutputError, PlanError, UsageError
+from .exporters import machine
+from .graph.cost import Costs
+from .graph.resize import Cut
+from .plan import Plan, make, weights_sha256
+from .report import (
+    Change,
+    Environment,
+    FrozenOperator,
+    GroupRow,
+    Method,
+    RecoveryStep,
+    Report,
+    TargetResult,
+    Verification,
+)
+from .result import Compressed
+from .rewrite import rewrite, shapes_agree
+from .trainable import trainable
+from .verify import Proof, random_inputs, verify
+
+__all__ = ["Compressed", "apply", "compress", "inspect", "load"]
+
+VERIFICATION_INPUTS = 3
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    flops: str | float | None = None,
+    params: str | float | None = None,
+    size: str | float | None = None,
+    memory: str | float | None = None,
+    scorer: str = "magnitude",
+    norm: str = "l2",
+    recover: str | Sequence[str] = "auto",
+    data: Iterable[Any] | None = None,
+    ignore: Sequence[str] = (),
+    round_to: int | str = "auto",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Remove whole channels until every budget holds, and prove the result.
+
+    model: any nn.Module; it is left as it is. example_inputs: a tensor, a tuple of arguments or a dictionary.
+    flops, params, size, memory: what may stay, as a share (0.4, "40%"), an amount ("1.6G", "20MB") or the cut
+    ("-60%"). round_to: widths become multiples of this; "auto" takes what this machine's runtime likes and gives
+    way where the budget needs it. data: batches to re-estimate statistics on; recover: "auto", "none" or a list.
+    Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
+    """
+    given = {"flops": flops, "params": params, "size": size, "memory": memory}
+    targets = [budget.parse(metric, value) for metric, value in given.items() if value is not None]
+    if not targets:
+        raise UsageError("no target: give at least one of flops, params, size, memory")
+    method, alignment = scores.find(scorer), _alignment(round_to)
+    steps = recover_steps(recover, data is not None)
+    stages = Stages(progress)
+    analysis = analyse(model, example_inputs, stages, device)
+    before = analysis.full
+    limits = {}
+    for target in targets:
+        limits[target.metric] = target.limit(getattr(before, planner.METRIC[target.metric]))
+        stages.note(budget.describe(target, getattr(before, planner.METRIC[target.metric])))
+    with stages.stage("score"):
+        subject = scores.Subject(analysis.types, analysis.grouping, norm, seed)
+        ranked = scores.normalise(method.score(subject))
+    with stages.stage("plan"):
+        choice = planner.plan(
+            analysis.grouping, analysis.cost, ranked, limits,
+            round_to=alignment, may_relax=round_to == "auto", ignored=analysis.matching(ignore),
+        )  # fmt: skip
+        cut = _cut(analysis, choice)
+    facts = {
+        "targets": {t.metric: {"text": t.text, "limit": limits[t.metric]} for t in targets},
+        "method": {"scorer": scorer, "norm": norm, "schedule": "one-shot", "round_to": choice.round_to, "seed": seed},
+        "versions": _versions(),
+        "source_sha256": weights_sha256(model),
+    }
+    results = {
+        metric: TargetResult(limit / full, left / full, full, left)
+        for metric, limit in limits.items()
+        for full, left in [(getattr(before, planner.METRIC[metric]), getattr(choice.costs, planner.METRIC[metric]))]
+    }
+    chosen = Method(scorer, "one-shot", choice.round_to, seed)
+    warnings = [f"widths are multiples of {choice.round_to} only: the budget leaves no room for {alignment}"]
+    slim = _build(analysis, cut, facts, results, chosen, stages, warnings if choice.round_to < alignment else [], name)
+    return _recovered(slim, steps, data, stages)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    *,
+    device: str | torch.device | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Make the same cut in another checkpoint of the same architecture, and prove it again.
+
+    Raises PlanError naming the first mismatch where the plan was made for another architecture, or was edited so
+    that coupled indices no longer go together.
+    """
+    stages = Stages(progress)
+    analysis = analyse(model, example_inputs, stages, device)
+    with stages.stage("plan"):
+        cut = Cut(analysis.types, plan.alive(analysis.types))
+    method = plan.method
+    chosen = Method(
+        str(method.get("scorer", "plan")), str(method.get("schedule", "plan")),
+        int(method.get("round_to", 1)), int(method.get("seed", 0)),
+    )  # fmt: skip
+    facts = {
+        "targets": plan.targets, "method": method, "versions": _versions(), "source_sha256": weights_sha256(model)
+    }  # fmt: skip
+    return _build(analysis, cut, facts, {}, chosen, stages, [], name)
+
+
+def inspect(model: nn.Module, example_inputs: Any, *, progress: Progress | None = None) -> Analysis:
+    """What can be removed, what is coupled, and what is frozen and why."""
+    return analyse(model, example_inputs, Stages(progress))
+
+
+def load(folder: str | Path, model: nn.Module) -> nn.Module:
+    """The user's own class with the sizes and weights of a saved compression; `model` is left as it is.
+
+    Raises PlanError where the class cannot take the sizes (then model.pt2 holds the network), OutputError where
+    the folder is none of ours.
+    """
+    from .exporters.formats import safetensors
+
+    folder = Path(folder)
+    if not (folder / "plan.json").is_file():
+        raise OutputError(f"{folder} holds no plan.json; give a folder that slimc has written")
+    plan = Plan.load(folder / "plan.json")
+    if plan.attributes is None:
+        raise PlanError(
+            f"{type(model).__name__} cannot take the sizes of this plan ({plan.attributes_note}). "
+            f"Load the network with torch.export.load({str(folder / 'model.pt2')!r}) instead."
+        )
+    weights = safetensors.load(folder / "model.safetensors")
+    sliced = plan.apply(model.state_dict())
+    for tensor_name, tensor in sliced.items():
+        if tensor_name not in weights or weights[tensor_name].shape != tensor.shape:
+            raise PlanError(f"{folder / 'model.safetensors'} does not hold {tensor_name} with shape {tuple(tensor.shape)}")
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        n: nn.Parameter(weights[n], requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else weights[n]
+        for n, t in named.items()
+        if n in weights
+    }
+    small = eager.with_tensors(model, tensors)
+    eager.set_attributes(small, plan.attributes)
+    return small
+
+
+# -- stages -------------------------------------------------------------------------------------------
+
+
+def _build(
+    analysis: Analysis,
+    cut: Cut,
+    facts: Mapping[str, Any],
+    targets: Mapping[str, TargetResult],
+    method: Method,
+    stages: Stages,
+    warnings: list[str],
+    name: str | None,
+) -> Compressed:
+    """Rewrite, prove, and describe."""
+    types, captured = analysis.types, analysis.captured
+    with stages.stage("rewrite"), torch.random.fork_rng():
+        rewritten = rewrite(types, cut)
+        if wrong := shapes_agree(types, cut, rewritten):
+            raise InternalError(f"the rewritten graph has a wrong shape at {wrong}; please report this with the model")
+        own = eager.build(analysis.model, types, cut, rewritten, captured.example)
+        module = own.module or trainable(rewritten.module)
+        _restore_modes(module, analysis.modes)
+    with stages.stage("verify"):
+        proof = verify(types, cut, rewritten, random_inputs(captured.example, VERIFICATION_INPUTS, seed=0))
+    plan = make(types, analysis.grouping, cut, **facts)
+    plan = replace(plan, attributes=own.attributes if own.module else None, attributes_note=own.reason)
+    before, after = analysis.full, _costs(analysis, cut)
+    warnings = [*warnings, *_warnings(analysis, own)]
+    report = _report(analysis, cut, targets, method, proof, stages, (before, after), warnings, name)
+    return Compressed(module, rewritten.module, analysis, plan, report, stages)
+
+
+def _recovered(slim: Compressed, steps: Sequence[str], data: Iterable[Any] | None, stages: Stages) -> Compressed:
+    if not steps:
+        return slim
+    assert data is not None
+    with stages.stage("recover"):
+        done = [RecoveryStep(step, recover.STEPS[step](slim, data)) for step in steps]
+    slim.report = replace(slim.report, recovery=tuple(done), seconds=dict(stages.seconds))
+    return slim
+
+
+def recover_steps(wanted: str | Sequence[str], has_data: bool) -> tuple[str, ...]:
+    """Which recovery steps run: all that the data allows, none, or those named."""
+    names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+    if names in (["none"], []):
+        return ()
+    if names == ["auto"]:
+        return ("bn",) if has_data else ()
+    for step in names:
+        if step not in recover.STEPS:
+            raise UsageError(f"--recover {step}: known steps are {', '.join(recover.STEPS)}, auto and none")
+    if not has_data:
+        raise UsageError(f"--recover {','.join(names)} needs --data to fit on")
+    return tuple(names)
+
+
+def _cut(analysis: Analysis, choice: planner.Choice) -> Cut:
+    alive = np.ones(analysis.types.solution.variables, np.bool_)
+    for group, kept in zip(analysis.groups, choice.kept, strict=True):
+        alive[group.variables] = False
+        alive[group.variables[kept]] = True
+    return Cut(analysis.types, alive)
+
+
+def _costs(analysis: Analysis, cut: Cut) -> Costs:
+    return analysis.cost(np.array([int(cut.alive[g.variables].sum()) for g in analysis.groups], np.int64))
+
+
+def _alignment(round_to: int | str) -> int:
+    if round_to == "auto":
+        return machine.preferred_alignment()
+    try:
+        number = int(round_to)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UsageError(f"--round-to {round_to}: wanted a whole number from 1 up, or auto")
+    return number
+
+
+def _restore_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
+    for path, child in module.named_modules():
+        if path in modes:
+            child.training = modes[path]
+
+
+def _versions() -> dict[str, str]:
+    return {"slimc": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _warnings(analysis: Analysis, own: eager.Eager) -> list[str]:
+    warnings = []
+    if analysis.captured.batch_note:
+        warnings.append(f"the batch size is fixed at {analysis.captured.batch}: {analysis.captured.batch_note}")
+    if own.reason:
+        warnings.append(f"the result is the graph as a module, not {type(analysis.model).__name__}: {own.reason}")
+    if analysis.frozen:
+        names = ", ".join(sorted({cause.op for cause in analysis.frozen}))
+        warnings.append(f"channels were left alone around {names}")
+    return warnings
+
+
+def _report(
+    analysis: Analysis,
+    cut: Cut,
+    targets: Mapping[str, TargetResult],
+    method: Method,
+    proof: Proof,
+    stages: Stages,
+    costs: tuple[Costs, Costs],
+    warnings: list[str],
+    name: str | None,
+) -> Report:
+    before, after = costs
+    groups = analysis.groups
+    kept = [int(cut.alive[g.variables].sum()) for g in groups]
+    here = machine.describe()
+    return Report(
+        model=name or type(analysis.model).__name__,
+        targets=targets,
+        macs=Change(round(before.macs), round(after.macs)),
+        params=Change(before.params, after.params),
+        size=Change(before.size, after.size),
+        memory=Change(round(before.memory), round(after.memory)),
+        method=method,
+        groups=tuple(
+            GroupRow(g.name, g.width, k, g.exact, tuple((m.tensor, m.axis) for m in g.members))
+            for g, k in zip(groups, kept, strict=True)
+        ),
+        frozen=tuple(FrozenOperator(c.op, c.node, c.module, c.reason) for c in analysis.frozen),
+        seconds=dict(stages.seconds),
+        environment=Environment(
+            slimc=__version__, python=platform.python_version(), torch=torch.__version__,
+            onnxruntime=here.versions.get("onnxruntime"), platform=here.platform, cpu=here.cpu,
+            threads=torch.get_num_threads(),
+            accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        ),
+        verification=Verification(
+            passed=True, max_relative_error=proof.max_relative_error, moved=proof.moved, dtype=proof.dtype,
+            inputs=proof.inputs, groups=sum(k < g.width for g, k in zip(groups, kept, strict=True)),
+            renormalising_groups=sum(k < g.width and not g.exact for g, k in zip(groups, kept, strict=True)),
+            redrawn=proof.redrawn,
+        ),
+        warnings=tuple(warnings),
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""The result of a compression: a module, a graph, a plan and a report, and how to write them down."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from .analysis import Analysis, Stages
+from .exporters import latency as latency_of
+from .exporters.artifact import whole_folder
+from .exporters.formats import onnx, pt2, safetensors
+from .exporters.latency import LatencyResult
+from .exporters.parity import Parity, check_onnx, other_inputs
+from .graph.capture import program_of
+from .graph.infer import attribute
+from .plan import Plan
+from .report import Latency, OnnxFile, OutputFile, Report, write_html
+
+PURPOSE = {
+    "model.onnx": "dense ONNX model for deployment",
+    "model.onnx.data": "its weights, too large for one file",
+    "model.pt2": "the same as a torch.export program",
+    "model.safetensors": "weights for your own class, with plan.json: slimc.load(folder, model)",
+    "plan.json": "which indices of which tensors stay",
+    "report.json": "the report as data",
+    "report.html": "the report as a page",
+}
+
+
+class Compressed:
+    """A smaller model with the plan that made it and the report that describes it.
+
+    module: the user's class, smaller and trainable; where it cannot take the sizes, the graph as a module.
+    graph: the rewritten graph; shares its tensors with `module`.
+    """
+
+    def __init__(
+        self, module: nn.Module, graph: GraphModule, analysis: Analysis, plan: Plan, report: Report, stages: Stages
+    ) -> None:
+        self.module = module
+        self.graph = graph
+        self.analysis = analysis
+        self.plan = plan
+        self.report = report
+        self.stages = stages
+
+    @property
+    def program(self) -> torch.export.ExportedProgram:
+        """The slim model as an exported program, with the weights that `module` has now."""
+        self.synchronise()
+        return program_of(self.graph, self.analysis.captured)
+
+    def synchronise(self) -> None:
+        """Bring the graph's tensors up to date with the module's, after training or moving between devices."""
+        if self.module is self.graph:
+            return
+        state = self.module.state_dict()
+        with torch.no_grad():
+            for name, tensor in self.graph.state_dict().items():
+                if name in state and state[name].data_ptr() != tensor.data_ptr():
+                    tensor.copy_(state[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights under the names of the user's own class, whatever `module` is."""
+        self.synchronise()
+        state: dict[str, Tensor] = dict(self.analysis.model.state_dict())
+        named = {name: attribute(self.graph, name) for name in dict(self.graph.state_dict())}
+        return {name: named.get(name, tensor).detach() for name, tensor in state.items()}
+
+    def export_onnx(self, path: str | Path) -> OnnxFile:
+        """Write an ONNX file and compare it with the module in ONNX Runtime; ParityError where they differ."""
+        path = Path(path)
+        model = onnx.export(self.program, path)
+        try:
+            parity = self._parity(path, model.batched)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            Path(f"{path}.data").unlink(missing_ok=True)
+            raise
+        file = OnnxFile(path.name, model.opset, model.dynamic_batch, parity.max_relative_error)
+        self.report = replace(self.report, onnx=file)
+        self._warn(f"a batch normalisation is left in the ONNX file: {reason}" for reason in model.unfolded)
+        return file
+
+    def _parity(self, path: Path, batched: tuple[bool, ...]) -> Parity:
+        example = self.analysis.captured.example
+        leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def reference(*case: Tensor) -> Any:
+            filled = list(leaves)
+            for place, tensor in zip(places, case, strict=True):
+                filled[place] = tensor.to(leaves[place].device)
+            args, kwargs = pytree.tree_unflatten(filled, spec)
+            outputs = self.graph(*args, **kwargs)
+            return pytree.tree_map_only(Tensor, lambda t: t.cpu(), outputs)
+
+        self.graph.eval()
+        tensors = tuple(leaves[i].cpu() for i in places)
+        return check_onnx(path, reference, other_inputs(tensors, batched))
+
+    def measure_latency(self, path: Path, **options: Any) -> tuple[LatencyResult, ...]:
+        """Measure an exported file beside the original model, in turn, on every provider that is there."""
+        with tempfile.TemporaryDirectory(prefix="slimc-") as folder:
+            before = Path(folder) / "original.onnx"
+            onnx.export(program_of(self.analysis.captured.module, self.analysis.captured), before)
+            results = latency_of.measure_all(before, path, **options)
+        rows = []
+        for result in results:
+            if result.skipped is None and result.speedup is not None:
+                rows.append(_row(result))
+            self._warn(result.warnings)
+        self.report = replace(self.report, latency=tuple(rows) or None)
+        return results
+
+    def save(
+        self, folder: str | Path, *, overwrite: bool = False, latency: bool = False, **latency_options: Any
+    ) -> Path:
+        """Write everything to a folder, whole or not at all.
+
+        latency: also measure the ONNX file beside the original. Raises OutputError, ParityError.
+        """
+        target = Path(folder)
+        with whole_folder(target, overwrite) as work:
+            with self.stages.stage("export"):
+                self.export_onnx(work / "model.onnx")
+                pt2.export(self.program, work / "model.pt2")
+                safetensors.export(self.state_dict(), work / "model.safetensors")
+                self.plan.save(work / "plan.json")
+            if latency:
+                with self.stages.stage("latency"):
+                    self.measure_latency(work / "model.onnx", **latency_options)
+            self._write_report(work)
+        return target
+
+    def _write_report(self, work: Path) -> None:
+        sizes = {path.name: path.stat().st_size for path in work.iterdir()}
+        files = tuple(OutputFile(name, sizes[name], why) for name, why in PURPOSE.items() if name in sizes)
+        self.report = replace(self.report, seconds=dict(self.stages.seconds), files=files)
+        self.report.write_json(work / "report.json")
+        write_html(self.report, work / "report.html")
+
+    def _warn(self, sentences: Any) -> None:
+        known = self.report.warnings
+        self.report = replace(self.report, warnings=(*known, *(s for s in sentences if s not in known)))
+
+
+def _row(result: LatencyResult) -> Latency:
+    assert result.before_ms is not None
+    assert result.after_ms is not None
+    assert result.speedup is not None
+    assert result.ci95 is not None
+    assert result.batch is not None
+    return Latency(
+        result.runtime, result.provider, result.threads, result.batch,
+        result.before_ms, result.after_ms, result.speedup, result.ci95,
+    )  # fmt: skip
+
+
