@@ -120,6 +120,14 @@ def measure(
     return dataclasses.replace(result, warnings=(*result.warnings, *_busy_warning(result)))
 
 
+def measure_all(before: Path, after: Path | None = None, **options: Any) -> tuple[LatencyResult, ...]:
+    """Measure on the CPU and on every accelerator; providers that are not there come back with `skipped`.
+
+    Options are those of `measure`, without the provider.
+    """
+    return tuple(measure(before, after, provider=provider, **options) for provider in PROVIDERS)
+
+
 def _runtime() -> str:
     if importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(

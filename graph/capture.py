@@ -109,9 +109,7 @@ def program_of(module: GraphModule, captured: Captured) -> torch.export.Exported
 
 
 def _export(model: nn.Module, example: Example, spec: Any | None) -> torch.export.ExportedProgram:
-    return torch.export.export(
-        model, example.args, example.kwargs or None, dynamic_shapes=spec, strict=False
-    )
+    return torch.export.export(model, example.args, example.kwargs or None, dynamic_shapes=spec, strict=False)
 
 
 def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any | None) -> Captured:
@@ -213,10 +211,14 @@ def _run(model: nn.Module, example: Example) -> None:
 def _check_devices(model: nn.Module, example: Example) -> None:
     devices = {tensor.device for tensor in model.state_dict().values()}
     if len(devices) > 1:
-        raise CaptureError(f"the model is spread over several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
+        raise CaptureError(
+            f"the model is spread over several devices ({', '.join(sorted(map(str, devices)))}); move it to one"
+        )
     for tensor in example.tensors():
         if devices and tensor.device not in devices:
-            raise UsageError(f"the example input is on {tensor.device} but the model on {devices.pop()}; move one of them")
+            raise UsageError(
+                f"the example input is on {tensor.device} but the model on {devices.pop()}; move one of them"
+            )
 
 
 def _first_line(error: BaseException) -> str:

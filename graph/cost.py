@@ -125,7 +125,9 @@ def _lifetimes(types: Types, number: dict[int, int]) -> tuple[_Products, Terms, 
             continue
         birth[node] = death[node] = step
         values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
-        for value, axes in zip([v for v in values if isinstance(v, Tensor)], tensors_of(types.values[node]), strict=False):
+        for value, axes in zip(
+            [v for v in values if isinstance(v, Tensor)], tensors_of(types.values[node]), strict=False
+        ):
             entries.append((float(value.dtype.itemsize), [number[id(axis)] for axis in axes]))
             owners.append(node)
     return (

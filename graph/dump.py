@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from .groups import Axis, Grouping
 from .infer import Types, tensors_of
 from .terms import Terms
@@ -37,5 +36,3 @@ def _size(axis: Axis) -> str:
         if names
     ]
     return " + ".join([*([str(constants)] if constants or not parts else []), *parts])
-
-

@@ -131,7 +131,9 @@ def _signatures(place: Terms, rows: Terms, colour: Terms, count: int) -> Words:
     total = ids.copy()
     for column in range(rows.shape[1]):
         here = present[:, column]
-        word = _scramble(place[here].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ (beside - each[:, column])[here])
+        word = _scramble(
+            place[here].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ (beside - each[:, column])[here]
+        )
         np.add.at(total, rows[here, column], word)
     return total
 
@@ -200,7 +202,9 @@ def _named(types: Types, axes: list[Terms], factors: list[Terms], colour: Terms,
     order = {kind: number for number, kind in enumerate(members)}
     labels = _labels(members)
     groups = tuple(
-        Group(number, labels[kind], variables[kind], tuple(members[kind]), kind not in renormalised, int(kind in floors))
+        Group(
+            number, labels[kind], variables[kind], tuple(members[kind]), kind not in renormalised, int(kind in floors)
+        )
         for kind, number in order.items()
     )
     lookup = np.full(int(colour.max()) + 1 if len(colour) else 1, -1)

@@ -249,8 +249,8 @@ class Store:
         everything = np.arange(self._count)
         roots = self.find(everything)
         is_root = roots == everything
-        live = self._cause[:self._count] == _LIVE
-        bound = self._binding[:self._count] >= 0
+        live = self._cause[: self._count] == _LIVE
+        bound = self._binding[: self._count] >= 0
         variables = np.flatnonzero(is_root & live & ~bound)
         number = np.full(self._count, -1)
         number[variables] = np.arange(len(variables))

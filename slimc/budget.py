@@ -17,7 +17,9 @@ METRICS = {
 
 _BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _COUNTS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-_NUMBER = re.compile(r"(?P<minus>-?)(?P<number>\d+\.?\d*|\.\d+)(?:e(?P<exponent>[+-]?\d+))?\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?P<minus>-?)(?P<number>\d+\.?\d*|\.\d+)(?:e(?P<exponent>[+-]?\d+))?\s*(?P<unit>%|[a-z]*)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def parse(metric: str, value: str | float) -> Target:
         raise UsageError(f"--{metric} {text}: a cut is given as a share, for example -60%. {_forms(metric)}")
     units = _BYTES if metric in ("size", "memory") else _COUNTS
     if unit not in units:
-        raise UsageError(f"--{metric} {text}: unknown unit {match['unit']!r}; known: {', '.join(units)}. {_forms(metric)}")
+        raise UsageError(
+            f"--{metric} {text}: unknown unit {match['unit']!r}; known: {', '.join(units)}. {_forms(metric)}"
+        )
     if number == 0:
         raise UsageError(f"--{metric} {text}: nothing would be left. {_forms(metric)}")
     return Target(metric, text, None, number * units[unit])
@@ -60,9 +64,7 @@ def parse(metric: str, value: str | float) -> Target:
 def _share(metric: str, text: str, share: float, is_cut: bool) -> float:
     if share >= 1 and not text.rstrip().endswith("%"):
         meant = f"{share:g}%" if 1 < share < 100 else ("20MB" if metric in ("size", "memory") else f"{share:g}M")
-        raise UsageError(
-            f"--{metric} {text}: a share must be between 0 and 1. Did you mean {meant}? {_forms(metric)}"
-        )
+        raise UsageError(f"--{metric} {text}: a share must be between 0 and 1. Did you mean {meant}? {_forms(metric)}")
     kept = 1 - share if is_cut else share
     if not 0 < kept < 1:
         what = "everything would be removed" if kept <= 0 else "there would be nothing to remove"
@@ -77,8 +79,10 @@ def _forms(metric: str) -> str:
 
 def amount(metric: str, value: float) -> str:
     """A quantity for people: `4.09 G`, `25.6 M`, `102 MB`."""
-    steps = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if metric in ("size", "memory") else (
-        ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)
+    steps = (
+        (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+        if metric in ("size", "memory")
+        else (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
     )
     for unit, scale in steps:
         if value >= scale:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import __version__, budget, eager, planner, recover, scores
+from . import __version__, budget, eager, planner, scores
+from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
@@ -37,7 +38,10 @@ from .verify import Proof, random_inputs, verify
 
 __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
 
-VERIFICATION_INPUTS = 3
+_INPUTS = 3
+_INPUTS_OF_LARGE = 2
+_LARGE_MACS = 1e10
+"""Float64 runs at tens of billions of operations a second on a small machine; the proof should take seconds."""
 
 
 def compress(
@@ -161,8 +165,13 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     sliced = plan.apply(model.state_dict())
     for tensor_name, tensor in sliced.items():
         if tensor_name not in weights or weights[tensor_name].shape != tensor.shape:
-            raise PlanError(f"{folder / 'model.safetensors'} does not hold {tensor_name} with shape {tuple(tensor.shape)}")
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+            raise PlanError(
+                f"{folder / 'model.safetensors'} does not hold {tensor_name} with shape {tuple(tensor.shape)}"
+            )
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     tensors = {
         n: nn.Parameter(weights[n], requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else weights[n]
         for n, t in named.items()
@@ -196,7 +205,8 @@ def _build(
         module = own.module or trainable(rewritten.module)
         _restore_modes(module, analysis.modes)
     with stages.stage("verify"):
-        proof = verify(types, cut, rewritten, random_inputs(captured.example, VERIFICATION_INPUTS, seed=0))
+        count = _INPUTS if analysis.full.macs * captured.batch < _LARGE_MACS else _INPUTS_OF_LARGE
+        proof = verify(types, cut, rewritten, random_inputs(captured.example, count, seed=0))
     plan = make(types, analysis.grouping, cut, **facts)
     plan = replace(plan, attributes=own.attributes if own.module else None, attributes_note=own.reason)
     before, after = analysis.full, _costs(analysis, cut)
@@ -210,7 +220,7 @@ def _recovered(slim: Compressed, steps: Sequence[str], data: Iterable[Any] | Non
         return slim
     assert data is not None
     with stages.stage("recover"):
-        done = [RecoveryStep(step, recover.STEPS[step](slim, data)) for step in steps]
+        done = [RecoveryStep(step, recovery.STEPS[step].run(slim, data)) for step in steps]
     slim.report = replace(slim.report, recovery=tuple(done), seconds=dict(stages.seconds))
     return slim
 
@@ -223,8 +233,8 @@ def recover_steps(wanted: str | Sequence[str], has_data: bool) -> tuple[str, ...
     if names == ["auto"]:
         return ("bn",) if has_data else ()
     for step in names:
-        if step not in recover.STEPS:
-            raise UsageError(f"--recover {step}: known steps are {', '.join(recover.STEPS)}, auto and none")
+        if step not in recovery.STEPS:
+            raise UsageError(f"--recover {step}: known steps are {', '.join(recovery.STEPS)}, auto and none")
     if not has_data:
         raise UsageError(f"--recover {','.join(names)} needs --data to fit on")
     return tuple(names)

@@ -91,8 +91,15 @@ class Plan:
             for g in data.get("groups") or ()
         )
         return Plan(
-            kept, shapes, groups, data.get("targets") or {}, data.get("method") or {}, data.get("versions") or {},
-            data.get("source_sha256"), data.get("attributes"), data.get("attributes_note"),
+            kept,
+            shapes,
+            groups,
+            data.get("targets") or {},
+            data.get("method") or {},
+            data.get("versions") or {},
+            data.get("source_sha256"),
+            data.get("attributes"),
+            data.get("attributes_note"),
         )
 
     # -- as a cut -------------------------------------------------------------------------------------
@@ -161,7 +168,10 @@ def make(types: Types, grouping: Grouping, cut: Cut, **facts: Any) -> Plan:
             shapes[name] = [len(axis) for axis in axes]
     groups = tuple(
         PlanGroup(
-            group.name, group.width, int(cut.alive[group.variables].sum()), group.exact,
+            group.name,
+            group.width,
+            int(cut.alive[group.variables].sum()),
+            group.exact,
             tuple((member.tensor, member.axis) for member in group.members),
         )
         for group in grouping.groups
@@ -212,10 +222,14 @@ def _check_indices(name: str, axis: int, indices: list[int], shape: list[int]) -
     if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
         raise PlanError(f"{where}: kept indices must be ascending, each once")
     if indices[0] < 0 or indices[-1] >= shape[axis]:
-        raise PlanError(f"{where}: index {indices[-1] if indices[0] >= 0 else indices[0]} is outside 0..{shape[axis] - 1}")
+        raise PlanError(
+            f"{where}: index {indices[-1] if indices[0] >= 0 else indices[0]} is outside 0..{shape[axis] - 1}"
+        )
 
 
-def _check_coupling(types: Types, alive: npt.NDArray[np.bool_], masks: dict[tuple[str, int], npt.NDArray[np.bool_]]) -> None:
+def _check_coupling(
+    types: Types, alive: npt.NDArray[np.bool_], masks: dict[tuple[str, int], npt.NDArray[np.bool_]]
+) -> None:
     """Every index lives exactly if its variables do; an edit that breaks a group is named."""
     for (name, axis), mask in masks.items():
         terms = types.tensors[name][axis]

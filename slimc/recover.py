@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from .data import examples
@@ -17,5 +18,17 @@ def _bn(slim: Compressed, data: Iterable[Any]) -> str:
     return f"batch-norm statistics re-estimated on {samples} samples"
 
 
-STEPS: dict[str, Callable[[Compressed, Iterable[Any]], str]] = {"bn": _bn}
-"""Each step changes the compressed model in place and says in one line what it did."""
+@dataclass(frozen=True)
+class Step:
+    """One way of fitting the kept weights again: changes the compressed model in place and says what it did."""
+
+    run: Callable[[Compressed, Iterable[Any]], str]
+    summary: str
+    source: str
+
+
+STEPS: dict[str, Step] = {
+    "bn": Step(
+        _bn, "re-estimate batch-norm statistics on unlabelled samples", "Li et al., EagleEye, ECCV 2020, section 3.3"
+    ),
+}

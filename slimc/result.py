@@ -162,5 +162,3 @@ def _row(result: LatencyResult) -> Latency:
         result.runtime, result.provider, result.threads, result.batch,
         result.before_ms, result.after_ms, result.speedup, result.ci95,
     )  # fmt: skip
-
-

@@ -24,13 +24,14 @@ from torch.utils import _pytree as pytree
 
 from .errors import VerificationError
 from .graph.capture import Example
-from .graph.infer import Types, attribute, tensors_of
+from .graph.infer import Types, attribute
 from .graph.resize import Cut
 from .rewrite import Rewritten
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _TELLING = 1e3
 """The cut must move the outputs by this many times the error for the proof to mean something."""
+_SMALLEST_MOVE = 1e-9
 
 Read = Callable[[str], Any]
 
@@ -59,16 +60,16 @@ def verify(types: Types, cut: Cut, rewritten: Rewritten, inputs: Sequence[Exampl
     dtype = torch.float64
     check = _Check(types, cut, rewritten, dtype)
     original = types.captured.module
-    error, moved = 0.0, 0.0
-    for example in inputs:
-        e, m = check.run(example, lambda name: attribute(original, name))
-        error, moved = max(error, e), max(moved, m)
-    redrawn = not cut.alive.all() and moved < _TELLING * error
-    if redrawn or (not cut.alive.all() and moved < 1e-9):
-        redrawn = True
-        e, moved = check.run(inputs[0], _redrawn(original, seed))
-        error = max(error, e)
-    return Proof(error, moved if not cut.alive.all() else None, str(dtype).removeprefix("torch."), len(inputs), redrawn)
+    trained: Read = lambda name: attribute(original, name)  # noqa: E731
+    error = max(check.error(example, trained) for example in inputs)
+    moved, redrawn = None, False
+    if not cut.alive.all():
+        moved = check.moved(inputs[0], trained)
+        redrawn = moved < max(_TELLING * error, _SMALLEST_MOVE)
+        if redrawn:
+            others = _redrawn(original, seed)
+            error, moved = max(error, check.error(inputs[0], others)), check.moved(inputs[0], others)
+    return Proof(error, moved, str(dtype).removeprefix("torch."), len(inputs), redrawn)
 
 
 def random_inputs(example: Example, count: int, seed: int) -> list[Example]:
@@ -94,17 +95,26 @@ class _Check:
     def __init__(self, types: Types, cut: Cut, rewritten: Rewritten, dtype: torch.dtype) -> None:
         self.types, self.cut, self.rewritten, self.dtype = types, cut, rewritten, dtype
 
-    def run(self, example: Example, read: Read) -> tuple[float, float]:
-        """(error, how far the cut moved the outputs) on one input."""
+    def error(self, example: Example, read: Read) -> float:
+        """How far the rewritten graph is from the masked original on one input; raises where that is too far."""
         leaves = pytree.tree_leaves((example.args, example.kwargs))
         with torch.no_grad():
+            slim = self._slim(leaves, read)
             wanted = Masked(self.types, self.cut, self.rewritten, read, self.dtype).results(leaves)
-            slim = Plain(self.rewritten.module, self._sliced(read), self.dtype).results(leaves)
             error = _distance(slim, wanted)
             if not error <= TOLERANCE[self.dtype]:
                 raise VerificationError(self._first_difference(leaves, read, error))
-            moved = _distance(Plain(self.types.captured.module, read, self.dtype).results(leaves), wanted)
-        return error, moved
+        return error
+
+    def moved(self, example: Example, read: Read) -> float:
+        """How far the cut moves the outputs on one input."""
+        leaves = pytree.tree_leaves((example.args, example.kwargs))
+        with torch.no_grad():
+            original = Plain(self.types.captured.module, read, self.dtype).results(leaves)
+            return _distance(self._slim(leaves, read), original)
+
+    def _slim(self, leaves: list[Any], read: Read) -> list[Tensor]:
+        return Plain(self.rewritten.module, self._sliced(read), self.dtype).results(leaves)
 
     def _sliced(self, read: Read) -> Read:
         """Tensors of the rewritten graph, cut out of those that `read` gives for the original."""
@@ -270,8 +280,3 @@ def _redrawn(module: GraphModule, seed: int) -> Read:
         return drawn[id(tensor)]
 
     return read
-
-
-def groups_in(types: Types) -> int:
-    """How many values the proof covers."""
-    return sum(len(tensors_of(value)) for value in types.values.values())

@@ -147,6 +147,16 @@ def test_hooks_are_refused(table: str, tmp_path: Path) -> None:
         load(str(path))
 
 
+@pytest.mark.parametrize(("key", "value"), [("_forward_hooks", 3), ("training", "yes"), (7, 7)])
+def test_tables_of_another_kind_are_refused(key: Any, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].__dict__[key] = value
+    torch.save(model, path)
+    with pytest.raises(LoadError, match=rf"0 \(Linear\): its entry {key!r} is a"):
+        load(str(path))
+
+
 def test_hooks_of_a_module_hidden_in_a_list_are_found(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     hidden = nn.Linear(2, 2)

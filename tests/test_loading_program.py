@@ -207,6 +207,7 @@ def drop_keys(node: Any) -> None:
             lambda v: v["config"]["conv.weight"]["tensor_meta"]["sizes"][0].update(as_int=1 << 40),
             "claims more",
         ),
+        (WEIGHTS, lambda v: v["config"]["conv.weight"]["tensor_meta"].update(sizes=3), "descriptions are malformed"),
         (WEIGHTS, lambda v: v["config"]["conv.weight"].update(path_name="custom_obj_0"), "no plain tensor"),
         (WEIGHTS, lambda v: v["config"].update({'a"b': v["config"]["conv.weight"]}), "no module path"),
         (

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from ..infer import Inference
-from ..resize import Resizing
-from ..rule import Axes, arguments, counts, infers, resizes, set_argument
-from ..terms import Terms
+from graph.infer import Inference
+from graph.resize import Resizing
+from graph.rule import Axes, arguments, counts, infers, resizes, set_argument
+from graph.terms import Terms
+
 from .elementwise import broadcast
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from ..infer import Inference
-from ..resize import Resizing
-from ..rule import Axes, arguments, counts, infers, resizes, set_argument
-from ..terms import Terms
+from graph.infer import Inference
+from graph.resize import Resizing
+from graph.rule import Axes, arguments, counts, infers, resizes, set_argument
+from graph.terms import Terms
+
 from .elementwise import broadcast
 
 Products = list[tuple[float, Sequence[Terms]]]
@@ -161,9 +162,7 @@ def _is_transposed(node: Node) -> bool:
     return "transpose" in str(node.target)
 
 
-def _grouped(
-    walk: Inference, node: Node, channel: Terms, weight: Axes, groups: int, transposed: bool
-) -> Terms:
+def _grouped(walk: Inference, node: Node, channel: Terms, weight: Axes, groups: int, transposed: bool) -> Terms:
     """Tie the weight's two channel axes to the input; returns the output's channels."""
     if groups == 1:
         walk.unify(node, channel, weight[0 if transposed else 1])

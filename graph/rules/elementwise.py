@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from ..infer import Inference
-from ..rule import Axes, infers
+from graph.infer import Inference
+from graph.rule import Axes, infers
 
 
 @infers(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from ..infer import Inference
-from ..rule import Axes, arguments, infers
+from graph.infer import Inference
+from graph.rule import Axes, arguments, infers
+
 from .elementwise import broadcast
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from ..infer import Inference
-from ..resize import Resizing
-from ..rule import Axes, Value, arguments, infers, operator_name, resizes, set_argument
-from ..terms import Terms
+from graph.infer import Inference
+from graph.resize import Resizing
+from graph.rule import Axes, Value, arguments, infers, operator_name, resizes, set_argument
+from graph.terms import Terms
 
 aten = torch.ops.aten
 
@@ -191,7 +191,9 @@ def _depends(run: Tensor, exact: bool) -> list[int]:
         return moving
     origin = [0] * run.dim()
     seen = [i for i in moving if _varies(run[tuple(slice(None) if i == j else o for j, o in enumerate(origin))])]
-    if not exact or bool((run == run[tuple(slice(None) if i in seen else slice(0, 1) for i in range(run.dim()))]).all()):
+    if not exact or bool(
+        (run == run[tuple(slice(None) if i in seen else slice(0, 1) for i in range(run.dim()))]).all()
+    ):
         return seen
     return [i for i in moving if not bool((run == run.narrow(i, 0, 1)).all())]
 

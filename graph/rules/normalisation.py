@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..infer import Inference
-from ..resize import Resizing
-from ..rule import Axes, Value, arguments, infers, resizes, set_argument
+from graph.infer import Inference
+from graph.resize import Resizing
+from graph.rule import Axes, Value, arguments, infers, resizes, set_argument
 
 
 @infers("batch_norm", "instance_norm")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from ..infer import Inference, hint
-from ..rule import Value, infers
+from graph.infer import Inference, hint
+from graph.rule import Value, infers
 
 
 @infers("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
@@ -25,9 +25,7 @@ def window(walk: Inference, node: Node) -> Value:
         walk.freeze(node, axis, "space and time axes are resampled whole", "structure")
     value = node.meta["val"]
     results = [value] if isinstance(value, Tensor) else list(value)
-    shaped = tuple(
-        (*axes[:lead], *walk.frozen([hint(size) for size in item.shape[lead:]])) for item in results
-    )
+    shaped = tuple((*axes[:lead], *walk.frozen([hint(size) for size in item.shape[lead:]])) for item in results)
     return shaped[0] if isinstance(value, Tensor) else shaped
 
 

@@ -19,6 +19,12 @@ from slimc.errors import LoadError
 _MAX_PATHS = 100_000
 
 
+# What torch itself keeps in every module, by kind: containers, and the mode.
+_KINDS = {
+    key: kind for key, value in vars(nn.Module()).items() for kind in (dict, set, bool) if isinstance(value, kind)
+}
+
+
 def check_structure(model: nn.Module, label: str) -> None:
     """Refuse what a file can hide in a module's state: hooks, replaced methods, loops, odd children.
 
@@ -32,7 +38,9 @@ def check_structure(model: nn.Module, label: str) -> None:
 
 
 def _check_attribute(owner: type, key: str, value: Any, where: str) -> None:
-    if "_hooks" in key and value is not None and not isinstance(value, bool) and len(value) > 0:
+    if not isinstance(key, str) or not isinstance(value, _KINDS.get(key, object)):
+        raise LoadError(f"{where}: its entry {key!r} is a {type(value).__name__}. The file is damaged; save it again.")
+    if "_hooks" in key and isinstance(value, dict) and len(value) > 0:
         raise LoadError(f"{where}: holds hooks ({key}). Remove them (handle.remove()) before saving.")
     if key == "_compiled_call_impl" and value is not None:
         raise LoadError(f"{where}: holds a compiled call. Save the model before model.compile().")

@@ -158,5 +158,8 @@ def _integers(values: tuple[Any, ...], label: str) -> tuple[int, ...]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    text = str(error)
+    # torch puts its advice about switching protection off before the reason
+    reason = text.partition("WeightsUnpickler error: ")[2] or text
+    lines = reason.strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

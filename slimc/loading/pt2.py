@@ -47,9 +47,14 @@ def load_program(archive: Archive) -> ProgramFile:
     if "serialized_exported_program.json" in archive.entries:
         raise LoadError(f"{label}: written by torch before 2.8, a format torch has given up. Export it again.")
     _check_entries(archive)
-    program, notes = checked_program(archive.read(_PROGRAM), label)
-    weights, weight_names = checked_payloads(archive.read(_WEIGHTS), _sizes(archive, "data/weights/"), label)
-    constants, constant_names = checked_payloads(archive.read(_CONSTANTS), _sizes(archive, "data/constants/"), label)
+    try:
+        program, notes = checked_program(archive.read(_PROGRAM), label)
+        weights, weight_names = checked_payloads(archive.read(_WEIGHTS), _sizes(archive, "data/weights/"), label)
+        constants, constant_names = checked_payloads(
+            archive.read(_CONSTANTS), _sizes(archive, "data/constants/"), label
+        )
+    except (TypeError, AttributeError, KeyError, RecursionError) as error:  # a value of another kind than it should be
+        raise LoadError(f"{label}: its descriptions are malformed ({error}). Export the model again.") from error
     inputs, example = _sample_inputs(archive)
     replaced = {_PROGRAM: program, _WEIGHTS: weights, _CONSTANTS: constants, _INPUTS: inputs}
     names = [
@@ -58,16 +63,14 @@ def load_program(archive: Archive) -> ProgramFile:
         *(f"data/weights/{name}" for name in sorted(weight_names)),
         *(f"data/constants/{name}" for name in sorted(constant_names)),
     ]
-    exported = _load(archive.repack(names, replaced), label)
-    # guards were removed above; slimc checks shapes itself and says where they do not fit
-    module = exported.module(check_guards=False)
-    return ProgramFile(module, _first_shape(example), notes)
+    return ProgramFile(_load(archive.repack(names, replaced), label), _first_shape(example), notes)
 
 
-def _load(copy: io.BytesIO, label: str) -> torch.export.ExportedProgram:
+def _load(copy: io.BytesIO, label: str) -> nn.Module:
     with weights_only_forced(), _quiet():
         try:
-            return torch.export.load(copy)
+            # guards were removed from the file; slimc checks shapes itself and says where they do not fit
+            return torch.export.load(copy).module(check_guards=False)
         except Exception as error:  # the deserializer raises everything from AssertionError to KeyError
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LoadError(

@@ -17,10 +17,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from ..errors import UsageError
-from ..graph.capture import Example
-from ..graph.infer import attribute
-from ..graph.rule import arguments, operator_name
+from slimc.errors import UsageError
+from slimc.graph.capture import Example
+from slimc.graph.infer import attribute
+from slimc.graph.rule import arguments, operator_name
 
 
 @dataclass

@@ -131,7 +131,8 @@ def _proof_headline(report: Report) -> Headline:
     if proof is None:
         return Headline("Proof", "not verified", "the verification stage did not run", "bad")
     note = f"largest relative error {proof.max_relative_error:.1e} in {proof.dtype} on {proof.inputs} inputs"
-    note += f"; the cut moved the output by {proof.moved:.2g}"
+    if proof.moved is not None:
+        note += f"; the cut moved the output by {proof.moved:.2g}"
     if not proof.passed:
         return Headline("Proof", "failed", note, "bad")
     return Headline("Proof", "verified", f"removal equals masking: {note}", "good")

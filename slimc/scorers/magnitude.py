@@ -9,12 +9,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..errors import UsageError
-from ..graph.groups import Group
-from ..scores import Scores, Subject, scorer
+from slimc.errors import UsageError
+from slimc.graph.groups import Group
+from slimc.scores import Scores, Subject, scorer
 
 
-@scorer("magnitude", "sum of absolute (l1) or squared (l2) weights over all members of the group", "Li et al., ICLR 2017")
+@scorer(
+    "magnitude", "sum of absolute (l1) or squared (l2) weights over all members of the group", "Li et al., ICLR 2017"
+)
 def magnitude(subject: Subject) -> list[Scores]:
     """l1: the sum of |w| over everything that goes with a channel; l2: the root of the sum of w squared."""
     if subject.norm not in ("l1", "l2"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..scores import Scores, Subject, scorer
+from slimc.scores import Scores, Subject, scorer
 
 
 @scorer("random", "uniform random numbers from --seed", "baseline")

@@ -1,0 +1,322 @@
+"""The command line. Imports of torch happen inside commands, so that `slimc --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from .console import Console
+from .errors import SlimcError, UsageError
+
+if TYPE_CHECKING:
+    from .graph.capture import Example
+    from .loading import Loaded
+
+app = typer.Typer(
+    name="slimc",
+    help="Make a trained PyTorch model smaller: remove whole channels until a budget holds, prove it, export it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="model.pt, .safetensors, .pt2, torchvision:NAME, timm:NAME, hf:PATH or package.module:factory")]  # fmt: skip  # noqa: E501
+Arch = Annotated[str | None, typer.Option(help="architecture of a file that holds weights only: torchvision:resnet50")]
+Allow = Annotated[list[str] | None, typer.Option(metavar="PKG", help="package whose classes a .pt file may use")]
+UnsafePickle = Annotated[bool, typer.Option("--unsafe-pickle", help="unpickle MODEL without protection: the file can run any code")]  # fmt: skip  # noqa: E501
+Input = Annotated[list[str] | None, typer.Option(metavar="SHAPE|FILE", help="example input: 1x3x224x224, 1x128:int64 (repeat for several) or an .npz file")]  # fmt: skip  # noqa: E501
+Threads = Annotated[int | None, typer.Option(min=1, help="threads for computing and for the latency measurement")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in --out")]
+NoLatency = Annotated[bool, typer.Option("--no-latency", help="do not measure latency")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder [default: MODEL-slim]")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+
+
+@app.command()
+def compress(
+    model: ModelArg,
+    flops: Annotated[
+        str | None, typer.Option(help="what may stay: 0.4, 40%, 1.6G (MACs of one sample), or the cut: -60%")
+    ] = None,  # noqa: E501
+    params: Annotated[str | None, typer.Option(help="parameters that may stay: 0.4, 40%, 12M")] = None,
+    size: Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")] = None,
+    memory: Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")] = None,
+    scorer: Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")] = "magnitude",
+    norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude")] = "l2",
+    recover: Annotated[str, typer.Option(help="auto (what the data allows), none (the plain cut), or bn")] = "auto",
+    data: Annotated[
+        str | None, typer.Option(help="npz:FILE or package.module:function, to re-estimate statistics")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="modules or parameters to leave whole")
+    ] = None,
+    round_to: Annotated[
+        str, typer.Option(help="widths become multiples of N; auto: what this machine likes; 1: any")
+    ] = "auto",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    input: Input = None,
+    arch: Arch = None,
+    allow: Allow = None,
+    unsafe_pickle: UnsafePickle = False,
+    no_latency: NoLatency = False,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress MODEL until every target holds, prove the result, export and measure it."""
+    with Console(quiet, as_json) as console:
+        from . import budget, compiler
+        from .data import open_data
+
+        targets = {"flops": flops, "params": params, "size": size, "memory": memory}
+        for metric, text in targets.items():
+            if text is not None:
+                budget.parse(metric, text)  # before anything slow
+        if not any(targets.values()):
+            raise UsageError("no target: give at least one of --flops, --params, --size, --memory, such as --flops 0.4")
+        folder = _folder(out, model, overwrite)
+        loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
+        slim = compiler.compress(
+            loaded.model,
+            example,
+            **targets,
+            scorer=scorer,
+            norm=norm,
+            recover=recover,
+            data=open_data(data) if data else None,
+            ignore=ignore or (),
+            round_to=round_to,
+            seed=seed,
+            name=model,
+            progress=console.progress,
+        )
+        _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
+
+
+@app.command()
+def apply(
+    model: ModelArg,
+    plan: Annotated[Path, typer.Argument(help="plan.json of an earlier compression, edited or not")],
+    out: Out = None,
+    overwrite: Overwrite = False,
+    input: Input = None,
+    arch: Arch = None,
+    allow: Allow = None,
+    unsafe_pickle: UnsafePickle = False,
+    no_latency: NoLatency = False,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the same cut in another checkpoint of the same architecture."""
+    with Console(quiet, as_json) as console:
+        from . import compiler
+        from .plan import Plan
+
+        cut = Plan.load(plan)
+        folder = _folder(out, model, overwrite)
+        loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
+        slim = compiler.apply(loaded.model, cut, example, name=model, progress=console.progress)
+        _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
+
+
+@app.command()
+def inspect(
+    model: ModelArg,
+    input: Input = None,
+    arch: Arch = None,
+    allow: Allow = None,
+    unsafe_pickle: UnsafePickle = False,
+    dot: Annotated[bool, typer.Option("--dot", help="the dependency graph for Graphviz")] = False,
+    types: Annotated[bool, typer.Option("--types", help="the channel types of every value")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what can be removed from MODEL, what is coupled, and what is frozen and why."""
+    with Console(quiet, as_json) as console:
+        from . import compiler, inspection
+        from .graph.view import to_dot
+
+        loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, None, seed)
+        analysis = compiler.inspect(loaded.model, example, progress=console.progress)
+        if dot:
+            print(to_dot(analysis.to_networkx()), end="")
+        elif types:
+            print(analysis.dump(), end="")
+        elif as_json:
+            print(json.dumps(inspection.summary(analysis, model), indent=2))
+        else:
+            console.inspection(inspection.summary(analysis, model))
+
+
+@app.command()
+def latency(
+    before: Annotated[Path, typer.Argument(metavar="A.onnx", help="an ONNX file")],
+    after: Annotated[
+        Path | None, typer.Argument(metavar="[B.onnx]", help="another, measured in turn with the first")
+    ] = None,
+    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt, or all that are there")] = "cpu",
+    batch: Annotated[int | None, typer.Option(min=1, help="batch size where the file leaves it open")] = None,
+    budget: Annotated[float, typer.Option(min=0.1, help="seconds to measure for")] = 10.0,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure one ONNX file, or two in turn, with a confidence interval of the ratio."""
+    with Console(quiet, as_json) as console:
+        from dataclasses import asdict
+
+        from .exporters.latency import measure, measure_all
+
+        console.progress("stage", "latency")
+        options: dict[str, Any] = {"threads": threads, "batch": batch, "budget_seconds": budget}
+        results = (
+            measure_all(before, after, **options)
+            if provider == "all"
+            else (measure(before, after, provider=provider, **options),)
+        )
+        if as_json:
+            print(json.dumps([asdict(result) for result in results], indent=2, default=str))
+        else:
+            console.latency(results)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="output folder")] = Path("slimc-demo"),
+    flops: Annotated[str, typer.Option(help="what may stay of the FLOPs")] = "0.4",
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small network on handwritten digits, compress it, recover it, export it and measure it."""
+    with Console(quiet, as_json) as console:
+        from .exporters.artifact import check_writable
+
+        check_writable(out, overwrite=True)
+        _threads(threads)
+        from .demo import run
+
+        slim = run(out, flops=flops, seed=seed, threads=threads, progress=console.progress)
+        if as_json:
+            print(json.dumps(slim.report.to_dict(), indent=2))
+        else:
+            console.report(slim.report, out)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List scorers and recovery steps, each with one line and its source."""
+    with Console(False, as_json) as console:
+        from .inspection import methods as known
+
+        if as_json:
+            print(json.dumps(known(), indent=2))
+        else:
+            console.methods(known())
+
+
+# -- shared by commands -------------------------------------------------------------------------------
+
+
+def _folder(out: Path | None, model: str, overwrite: bool) -> Path:
+    """The output folder, checked before anything slow."""
+    from .exporters.artifact import check_writable
+
+    folder = out or Path(f"{_short(model)}-slim")
+    check_writable(folder, overwrite)
+    return folder
+
+
+def _short(model: str) -> str:
+    return Path(model).stem if os.sep in model or Path(model).suffix else model.rpartition(":")[2] or "model"
+
+
+def _open(
+    console: Console,
+    model: str,
+    arch: str | None,
+    allow: list[str] | None,
+    unsafe_pickle: bool,
+    inputs: list[str] | None,
+    threads: int | None,
+    seed: int,
+) -> tuple[Loaded, Example]:
+    console.progress("stage", "load")
+    _threads(threads)
+    from .inputs import example_inputs
+    from .loading import load
+
+    if unsafe_pickle:
+        console.progress("note", "--unsafe-pickle: the file may run any code while it is read")
+    loaded = load(model, arch=arch, allow=allow or (), unsafe_pickle=unsafe_pickle)
+    for note in loaded.notes:
+        console.progress("note", note)
+    return loaded, example_inputs(inputs or [], loaded.input_shape, seed)
+
+
+def _threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _finish(
+    console: Console, slim: Any, folder: Path, overwrite: bool, no_latency: bool, threads: int | None, loaded: Loaded
+) -> None:
+    slim.save(folder, overwrite=overwrite, latency=not no_latency, threads=threads)
+    if console.as_json:
+        print(json.dumps(slim.report.to_dict(), indent=2))
+    else:
+        console.report(slim.report, folder)
+
+
+def main() -> NoReturn:
+    """Run the command line; errors become one message and an exit code."""
+    # `torch.load` of a dependency must not unpickle either, unless the user says so.
+    if "--unsafe-pickle" not in sys.argv:
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    sys.exit(_guarded(app))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    # A terminated run cleans up like an interrupted one.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+    try:
+        command()
+    except SlimcError as error:
+        print(f"slimc: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("slimc: interrupted; nothing was written. Run the same command again to start over.", file=sys.stderr)
+        return 130
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except MemoryError:
+        print("slimc: out of memory. Give a smaller example with --input, or run on a larger machine.", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if os.environ.get("SLIMC_DEBUG"):
+            raise
+        print(
+            f"slimc: internal error: {type(error).__name__}: {error}\n"
+            "This is a fault of slimc. SLIMC_DEBUG=1 shows where; please report it with the model.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0

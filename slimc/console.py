@@ -1,0 +1,238 @@
+"""What people see: progress while it runs and tables at the end. Progress goes to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as Rich
+from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .exporters.latency import LatencyResult
+    from .report import Report
+
+STAGES = {
+    "load": "reading the model",
+    "data": "reading the data",
+    "train": "training",
+    "capture": "capturing the graph",
+    "infer": "inferring channels",
+    "score": "scoring channels",
+    "plan": "choosing channels",
+    "rewrite": "rewriting the graph",
+    "verify": "proving that removal equals masking",
+    "recover": "recovering",
+    "export": "writing and checking ONNX, pt2, safetensors",
+    "latency": "measuring latency, original and slim in turn",
+}
+
+
+class Console:
+    """Progress and results for a terminal, a file or a pipe."""
+
+    def __init__(self, quiet: bool, as_json: bool) -> None:
+        self.quiet, self.as_json = quiet, as_json
+        self._out = Rich(highlight=False, soft_wrap=False)
+        self._err = Rich(stderr=True, highlight=False)
+        self._status: Status | None = None
+        self._stage: tuple[str, float] | None = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_stage(failed=kind is not None)
+
+    def progress(self, kind: str, text: str) -> None:
+        """What a run tells: ("stage", name), ("note", sentence) or ("detail", where the stage is)."""
+        if self.quiet:
+            return
+        if kind == "stage":
+            self._begin_stage(text)
+        elif kind == "detail" and self._status is not None and self._stage is not None:
+            self._status.update(f"{STAGES.get(self._stage[0], self._stage[0])}: {escape(text)}")
+        elif kind == "note":
+            self._err.print(escape(text))
+
+    def _begin_stage(self, name: str) -> None:
+        self._end_stage()
+        self._stage = (name, time.perf_counter())
+        if self._err.is_terminal:
+            self._status = self._err.status(STAGES.get(name, name))
+            self._status.start()
+
+    def _end_stage(self, failed: bool = False) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+        if self._stage is not None and not self.quiet:
+            name, start = self._stage
+            mark = "[red]✗[/red]" if failed else "[green]✓[/green]"
+            self._err.print(f"{mark} {STAGES.get(name, name)} [dim]{time.perf_counter() - start:.1f} s[/dim]")
+        self._stage = None
+
+    # -- results --------------------------------------------------------------------------------------
+
+    def report(self, report: Report, folder: Path) -> None:
+        """The end of a compression."""
+        self._end_stage()
+        if self.quiet:
+            return
+        self._out.print()
+        self._out.print(_accuracy_table(report)) if report.accuracy else None
+        self._out.print(_cost_table(report))
+        if report.latency:
+            self._out.print(_latency_table(report))
+        proof = report.verification
+        if proof is not None:
+            self._out.print(
+                f"[green]✓[/green] proven: removal equals masking, largest relative error {proof.max_relative_error:.1e} "
+                f"({proof.dtype}, {proof.inputs} inputs, {proof.groups} groups cut)"
+            )
+        if report.onnx is not None:
+            self._out.print(
+                f"[green]✓[/green] ONNX Runtime agrees within {report.onnx.max_relative_error:.1e} "
+                f"(opset {report.onnx.opset}, {'any batch' if report.onnx.dynamic_batch else 'fixed batch'})"
+            )
+        for step in report.recovery or ():
+            self._out.print(f"[green]✓[/green] {escape(step.detail)}")
+        for warning in report.warnings:
+            self._out.print(f"[yellow]![/yellow] {escape(warning)}")
+        self._out.print()
+        for file in report.files:
+            self._out.print(f"  {folder / file.name!s}  [dim]{escape(file.purpose)}[/dim]")
+        self._out.print(f"  {folder / 'report.html'!s}  [dim]open this first[/dim]", soft_wrap=True)
+
+    def inspection(self, data: dict[str, Any]) -> None:
+        """Groups, what they govern, what is frozen."""
+        self._end_stage()
+        from .budget import amount
+
+        share = data["prunable_params"] / data["params"] if data["params"] else 0.0
+        self._out.print(
+            f"\n{escape(data['model'])}: {amount('flops', data['macs'])} MACs, {amount('params', data['params'])} "
+            f"parameters, {amount('memory', data['memory'])} of activations at the peak; "
+            f"{100 * share:.3g}% of parameters lie in tensors that can shrink"
+        )
+        table = _table("group", "channels", "kind", "axes", "governs MACs", "governs params", right=(1, 3, 4, 5))
+        for row in _folded(data["groups"]):
+            table.add_row(*row)
+        self._out.print(table)
+        if not data["frozen"]:
+            self._out.print("[green]✓[/green] nothing is frozen besides the channels of inputs and outputs")
+        for frozen in data["frozen"]:
+            where = f" in {frozen['module']}" if frozen["module"] else ""
+            self._out.print(
+                f"[yellow]frozen[/yellow] {escape(frozen['op'])} at {frozen['node']}{where}: {frozen['reason']}"
+            )
+        if data["batch_note"]:
+            self._out.print(f"[yellow]![/yellow] fixed batch: {escape(data['batch_note'])}")
+
+    def latency(self, results: Sequence[LatencyResult]) -> None:
+        """Figures of `slimc latency`."""
+        self._end_stage()
+        table = _table("provider", "threads", "batch", "A", "B", "A / B", "95% interval", right=(1, 2, 3, 4, 5, 6))
+        for result in results:
+            if result.skipped is not None:
+                continue
+            ratio = f"{result.speedup:.2f}×" if result.speedup is not None else ""
+            interval = f"{result.ci95[0]:.2f}–{result.ci95[1]:.2f}" if result.ci95 else ""
+            after = f"{result.after_ms:.3g} ms" if result.after_ms is not None else ""
+            table.add_row(
+                result.provider,
+                str(result.threads),
+                str(result.batch),
+                f"{result.before_ms:.3g} ms",
+                after,
+                ratio,
+                interval,
+            )
+        if table.row_count:
+            self._out.print(table)
+        for result in results:
+            if result.skipped is not None:
+                self._out.print(f"[yellow]skipped[/yellow] {result.provider}: {escape(result.skipped)}")
+            elif result.ci95 is not None and not result.conclusive:
+                self._out.print(f"[yellow]![/yellow] {result.provider}: no difference that can be told from noise")
+            for warning in result.warnings:
+                self._out.print(f"[yellow]![/yellow] {escape(warning)}")
+
+    def methods(self, known: list[dict[str, str]]) -> None:
+        """The list of methods."""
+        table = _table("kind", "name", "what it does", "source")
+        for row in known:
+            table.add_row(row["kind"], row["name"], row["summary"], row["source"])
+        self._out.print(table)
+
+
+def _table(*columns: str, right: Sequence[int] = ()) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
+    return table
+
+
+def _cost_table(report: Report) -> Table:
+    from .budget import amount
+
+    table = _table("", "before", "after", "stays", "asked", right=(1, 2, 3, 4))
+    rows = {"flops": report.macs, "params": report.params, "size": report.size, "memory": report.memory}
+    names = {"flops": "MACs", "params": "parameters", "size": "weights", "memory": "activations"}
+    for metric, change in rows.items():
+        if change is None:
+            continue
+        target = report.targets.get(metric)
+        asked = f"≤ {100 * target.asked:.4g}%" if target else ""
+        table.add_row(
+            names[metric],
+            amount(metric, change.before),
+            amount(metric, change.after),
+            f"{100 * change.share:.4g}%",
+            asked,
+        )
+    return table
+
+
+def _latency_table(report: Report) -> Table:
+    table = _table(
+        "latency", "threads", "batch", "before", "after", "speed-up", "95% interval", right=(1, 2, 3, 4, 5, 6)
+    )
+    for row in report.latency or ():
+        table.add_row(
+            row.provider.removesuffix("ExecutionProvider"), str(row.threads), str(row.batch), f"{row.before_ms:.3g} ms",
+            f"{row.after_ms:.3g} ms", f"{row.speedup:.2f}×", f"{row.ci95[0]:.2f}–{row.ci95[1]:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _accuracy_table(report: Report) -> Table:
+    accuracy = report.accuracy
+    assert accuracy is not None
+    table = _table(accuracy.metric, "before", "right after the cut", "at the end", right=(1, 2, 3))
+    table.add_row("accuracy", *(f"{100 * value:.2f}%" for value in (accuracy.before, accuracy.pruned, accuracy.after)))
+    return table
+
+
+def _folded(groups: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per group; runs of alike groups that differ in numbers only share a row, so that a page suffices."""
+    from .budget import amount
+
+    rows: list[list[str]] = []
+    for group in groups:
+        name = group["name"].removesuffix(".weight")
+        kind = "exact" if group["exact"] else "renormalising"
+        rows.append(
+            [
+                escape(name), str(group["width"]), kind, str(len(group["members"])),
+                amount("flops", group["governs_macs"]), amount("params", group["governs_params"]),
+            ]
+        )  # fmt: skip
+    return rows

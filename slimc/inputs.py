@@ -1,0 +1,65 @@
+"""Example inputs from the command line: shapes or files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import load_arrays
+from .errors import UsageError
+from .graph.capture import Example
+
+_SHAPE = re.compile(r"(?P<sizes>\d+([x,]\d+)*)(:(?P<kind>\w+))?")
+_KINDS = {
+    "float32": torch.float32, "float": torch.float32, "float64": torch.float64, "int64": torch.int64,
+    "int": torch.int64, "long": torch.int64, "int32": torch.int32, "bool": torch.bool,
+}  # fmt: skip
+_BATCH = 2
+
+
+def example_inputs(given: Sequence[str], known: tuple[int, ...] | None, seed: int) -> Example:
+    """Inputs from --input (shapes or a file), or of the shape that the model is known to take.
+
+    Raises UsageError where neither says what the input is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if not given:
+        if known is None:
+            raise UsageError("this model's input is not known: give it with --input, for example --input 1x3x224x224")
+        # Two samples, since torch.export takes a batch of one for a constant.
+        return Example((torch.randn(_BATCH, *known, generator=generator),), {})
+    files = [text for text in given if Path(text).suffix in (".npz", ".npy")]
+    if files and len(given) > 1:
+        raise UsageError("--input: give one file with all inputs, or a shape for each input")
+    if files:
+        return _from_file(Path(files[0]))
+    return Example(tuple(_tensor(text, generator) for text in given), {})
+
+
+def _from_file(path: Path) -> Example:
+    arrays = load_arrays(path)
+    # Names that numpy gives (arr_0) or that stand for the only input say nothing of the model's arguments.
+    if all(name.startswith("arr_") for name in arrays) or list(arrays) == ["input"]:
+        return Example(tuple(arrays.values()), {})
+    return Example((), dict(arrays))
+
+
+def _tensor(text: str, generator: torch.Generator) -> Tensor:
+    match = _SHAPE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"--input {text}: wanted a shape with its batch (1x3x224x224, 1x128:int64) or an .npz file")
+    kind = _KINDS.get(match["kind"] or "float32")
+    if kind is None:
+        raise UsageError(f"--input {text}: unknown type {match['kind']!r}; known: {', '.join(_KINDS)}")
+    sizes = [int(size) for size in re.split("[x,]", match["sizes"])]
+    if 0 in sizes:
+        raise UsageError(f"--input {text}: every size must be at least 1")
+    if len(sizes) > 1 and sizes[0] == 1:
+        sizes[0] = _BATCH
+    if kind.is_floating_point:
+        return torch.randn(sizes, generator=generator).to(kind)
+    return torch.randint(0, 2, sizes, generator=generator).to(kind)
