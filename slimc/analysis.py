@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import networkx
 
 Progress = Callable[[str, str], None]
-"""Called with ("stage", name) when a stage starts and ("note", sentence) for what a person should read."""
+"""Called with ("stage", name) when a stage starts and ("target", sentence) for what each target means."""
 
 
 class Stages:
@@ -46,10 +46,10 @@ class Stages:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def note(self, text: str) -> None:
-        """Say a sentence to a person."""
+    def target(self, text: str) -> None:
+        """Say what a target means for this model."""
         if self._progress:
-            self._progress("note", text)
+            self._progress("target", text)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Analysis:
     @property
     def frozen(self) -> tuple[Cause, ...]:
         """What keeps channels from being removed, besides the model's inputs and outputs: operators with reasons."""
-        found = {cause: None for cause in self.types.unknown}
+        found = dict.fromkeys(self.types.unknown)
         for axes in self.types.tensors.values():
             for axis in axes:
                 rows = self.types.solution.factors(axis)
@@ -118,9 +118,8 @@ class Analysis:
         for pattern in patterns:
             hit = [g.number for g in self.groups if any(_matches(m.tensor, pattern) for m in g.members)]
             if not hit and not any(_matches(name, pattern) for name in self.types.tensors):
-                raise UsageError(
-                    f"--ignore {pattern}: no module or parameter matches. Names look like {next(iter(self.types.tensors))}."
-                )
+                known = next(iter(self.types.tensors), "")
+                raise UsageError(f"--ignore {pattern}: no module or parameter matches. Names look like {known}.")
             found.extend(hit)
         return sorted(set(found))
 

@@ -46,7 +46,7 @@ def compress(
     model: ModelArg,
     flops: Annotated[
         str | None, typer.Option(help="what may stay: 0.4, 40%, 1.6G (MACs of one sample), or the cut: -60%")
-    ] = None,  # noqa: E501
+    ] = None,
     params: Annotated[str | None, typer.Option(help="parameters that may stay: 0.4, 40%, 12M")] = None,
     size: Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")] = None,
     memory: Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")] = None,
@@ -264,8 +264,6 @@ def _open(
     if unsafe_pickle:
         console.progress("note", "--unsafe-pickle: the file may run any code while it is read")
     loaded = load(model, arch=arch, allow=allow or (), unsafe_pickle=unsafe_pickle)
-    for note in loaded.notes:
-        console.progress("note", note)
     return loaded, example_inputs(inputs or [], loaded.input_shape, seed)
 
 
@@ -279,6 +277,7 @@ def _threads(threads: int | None) -> None:
 def _finish(
     console: Console, slim: Any, folder: Path, overwrite: bool, no_latency: bool, threads: int | None, loaded: Loaded
 ) -> None:
+    slim.warn(loaded.notes)
     slim.save(folder, overwrite=overwrite, latency=not no_latency, threads=threads)
     if console.as_json:
         print(json.dumps(slim.report.to_dict(), indent=2))

@@ -26,7 +26,6 @@ from .report import (
     FrozenOperator,
     GroupRow,
     Method,
-    RecoveryStep,
     Report,
     TargetResult,
     Verification,
@@ -83,7 +82,7 @@ def compress(
     limits = {}
     for target in targets:
         limits[target.metric] = target.limit(getattr(before, planner.METRIC[target.metric]))
-        stages.note(budget.describe(target, getattr(before, planner.METRIC[target.metric])))
+        stages.target(budget.describe(target, getattr(before, planner.METRIC[target.metric])))
     with stages.stage("score"):
         subject = scores.Subject(analysis.types, analysis.grouping, norm, seed)
         ranked = scores.normalise(method.score(subject))
@@ -107,7 +106,10 @@ def compress(
     chosen = Method(scorer, "one-shot", choice.round_to, seed)
     warnings = [f"widths are multiples of {choice.round_to} only: the budget leaves no room for {alignment}"]
     slim = _build(analysis, cut, facts, results, chosen, stages, warnings if choice.round_to < alignment else [], name)
-    return _recovered(slim, steps, data, stages)
+    for step in steps:
+        assert data is not None
+        slim.recover(step, data)
+    return slim
 
 
 def apply(
@@ -215,16 +217,6 @@ def _build(
     return Compressed(module, rewritten.module, analysis, plan, report, stages)
 
 
-def _recovered(slim: Compressed, steps: Sequence[str], data: Iterable[Any] | None, stages: Stages) -> Compressed:
-    if not steps:
-        return slim
-    assert data is not None
-    with stages.stage("recover"):
-        done = [RecoveryStep(step, recovery.STEPS[step].run(slim, data)) for step in steps]
-    slim.report = replace(slim.report, recovery=tuple(done), seconds=dict(stages.seconds))
-    return slim
-
-
 def recover_steps(wanted: str | Sequence[str], has_data: bool) -> tuple[str, ...]:
     """Which recovery steps run: all that the data allows, none, or those named."""
     names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
@@ -232,9 +224,8 @@ def recover_steps(wanted: str | Sequence[str], has_data: bool) -> tuple[str, ...
         return ()
     if names == ["auto"]:
         return ("bn",) if has_data else ()
-    for step in names:
-        if step not in recovery.STEPS:
-            raise UsageError(f"--recover {step}: known steps are {', '.join(recovery.STEPS)}, auto and none")
+    for name in names:
+        recovery.find(name)
     if not has_data:
         raise UsageError(f"--recover {','.join(names)} needs --data to fit on")
     return tuple(names)

@@ -27,7 +27,8 @@ STAGES = {
     "plan": "choosing channels",
     "rewrite": "rewriting the graph",
     "verify": "proving that removal equals masking",
-    "recover": "recovering",
+    "recover": "re-estimating on data",
+    "finetune": "fine-tuning",
     "export": "writing and checking ONNX, pt2, safetensors",
     "latency": "measuring latency, original and slim in turn",
 }
@@ -52,15 +53,17 @@ class Console:
         self._end_stage(failed=kind is not None)
 
     def progress(self, kind: str, text: str) -> None:
-        """What a run tells: ("stage", name), ("note", sentence) or ("detail", where the stage is)."""
+        """What a run tells: ("stage", name), ("target", sentence), ("note", sentence), ("detail", where it is)."""
         if self.quiet:
             return
+        if kind == "target" and not self.as_json:
+            self._out.print(escape(text), soft_wrap=True)
         if kind == "stage":
             self._begin_stage(text)
         elif kind == "detail" and self._status is not None and self._stage is not None:
             self._status.update(f"{STAGES.get(self._stage[0], self._stage[0])}: {escape(text)}")
         elif kind == "note":
-            self._err.print(escape(text))
+            self._err.print(escape(text), soft_wrap=True)
 
     def _begin_stage(self, name: str) -> None:
         self._end_stage()
@@ -87,7 +90,8 @@ class Console:
         if self.quiet:
             return
         self._out.print()
-        self._out.print(_accuracy_table(report)) if report.accuracy else None
+        if report.accuracy:
+            self._out.print(_accuracy_table(report))
         self._out.print(_cost_table(report))
         if report.latency:
             self._out.print(_latency_table(report))
@@ -95,7 +99,8 @@ class Console:
         if proof is not None:
             self._out.print(
                 f"[green]✓[/green] proven: removal equals masking, largest relative error {proof.max_relative_error:.1e} "
-                f"({proof.dtype}, {proof.inputs} inputs, {proof.groups} groups cut)"
+                f"({proof.dtype}, {proof.inputs} inputs, {proof.groups} groups cut)",
+                soft_wrap=True,
             )
         if report.onnx is not None:
             self._out.print(
@@ -105,11 +110,13 @@ class Console:
         for step in report.recovery or ():
             self._out.print(f"[green]✓[/green] {escape(step.detail)}")
         for warning in report.warnings:
-            self._out.print(f"[yellow]![/yellow] {escape(warning)}")
+            self._out.print(f"[yellow]![/yellow] {escape(warning)}", soft_wrap=True)
+        files = _table("", "")
+        files.show_header = False
+        for name, why in [*((f.name, f.purpose) for f in report.files), ("report.html", "the report: open this first")]:
+            files.add_row(str(folder / name), f"[dim]{escape(why)}[/dim]")
         self._out.print()
-        for file in report.files:
-            self._out.print(f"  {folder / file.name!s}  [dim]{escape(file.purpose)}[/dim]")
-        self._out.print(f"  {folder / 'report.html'!s}  [dim]open this first[/dim]", soft_wrap=True)
+        self._out.print(files)
 
     def inspection(self, data: dict[str, Any]) -> None:
         """Groups, what they govern, what is frozen."""
@@ -190,7 +197,7 @@ def _cost_table(report: Report) -> Table:
         if change is None:
             continue
         target = report.targets.get(metric)
-        asked = f"≤ {100 * target.asked:.4g}%" if target else ""
+        asked = f"≤ {100 * target.asked:.4g}%" if target else "any"
         table.add_row(
             names[metric],
             amount(metric, change.before),

@@ -70,7 +70,7 @@ def _npz(path: Path, batch_size: int) -> list[tuple[Tensor, ...]]:
     tensors = list(load_arrays(path).values())
     if len({t.shape[:1] for t in tensors}) != 1:
         raise UsageError(f"{path}: its arrays differ in length; each must hold one entry per sample")
-    return list(zip(*(t.split(batch_size) for t in tensors), strict=True))
+    return list(zip(*(torch.split(t, batch_size) for t in tensors), strict=True))
 
 
 def _function(module: str, name: str) -> Iterable[Any]:

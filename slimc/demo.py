@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimc.errors import UsageError
-from slimc.training import Progress, seeded, train
+from slimc.report import Accuracy
+from slimc.training import Epoch, Progress, evaluate, finetune, seeded, train
+
+if TYPE_CHECKING:
+    from slimc.result import Compressed
 
 SIDE = 24  # the 8x8 digits are enlarged: two strided stages still leave 6x6, and latency is large enough to measure
 SPLITS = (0.6, 0.15, 0.25)  # train, validation, test
+TRAIN_EPOCHS = 8
+FINETUNE_EPOCHS = 4
 
 
 class ResidualBlock(nn.Module):
@@ -100,10 +108,51 @@ def batches(data: TensorDataset, *, shuffle: bool = False, batch_size: int = 64)
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, drop_last=shuffle)
 
 
-def trained_digits_net(data: Digits, *, epochs: int = 8, seed: int = 0, progress: Progress | None = None) -> DigitsNet:
+def trained_digits_net(
+    data: Digits, *, epochs: int = TRAIN_EPOCHS, seed: int = 0, progress: Progress | None = None
+) -> DigitsNet:
     """A `DigitsNet` trained on the training part; the same seed gives the same network on the same machine."""
     with seeded(seed, torch.device("cpu")):
         model = DigitsNet()
     loader, validation = batches(data.train, shuffle=True), batches(data.validation, batch_size=256)
     train(model, loader, epochs=epochs, learning_rate=0.1, validation=validation, seed=seed, progress=progress)
     return model.eval()
+
+
+def run(
+    out: Path,
+    *,
+    flops: str | float = 0.4,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[str, str], None] | None = None,
+) -> Compressed:
+    """The whole pipeline on the digits: train, compress, re-estimate, fine-tune, prove, export, measure, report.
+
+    Accuracy in the report is that on the test part, which nothing else looks at.
+    """
+    from slimc.compiler import compress
+
+    tell = progress or (lambda _kind, _text: None)
+
+    def epoch(done: Epoch) -> None:
+        tell("detail", f"epoch {done.number} of {done.of}, validation accuracy {100 * (done.accuracy or 0):.2f}%")
+
+    tell("stage", "data")
+    data = digits(seed)
+    test, calibration = batches(data.test, batch_size=256), batches(data.train, batch_size=256)
+    tell("stage", "train")
+    model = trained_digits_net(data, seed=seed, progress=epoch)
+    example = next(iter(test))[0][:2]
+    slim = compress(model, example, flops=flops, recover="none", seed=seed, name="digits", progress=progress)
+    before, pruned = evaluate(model, test), evaluate(slim.module, test)
+    slim.recover("bn", calibration)
+    with slim.stages.stage("finetune"):
+        finetune(
+            slim.module, batches(data.train, shuffle=True), epochs=FINETUNE_EPOCHS,
+            validation=batches(data.validation, batch_size=256), seed=seed, progress=epoch,
+        )  # fmt: skip
+    slim.note_recovery("finetune", f"fine-tuned for {FINETUNE_EPOCHS} epochs on {len(data.train)} labelled images")
+    slim.report = replace(slim.report, accuracy=Accuracy("top1", before, pruned, evaluate(slim.module, test)))
+    slim.save(out, overwrite=True, latency=True, threads=threads)
+    return slim

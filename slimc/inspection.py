@@ -68,6 +68,8 @@ def methods() -> list[dict[str, str]]:
     found.append(
         {"kind": "schedule", "name": "one-shot", "summary": "score once, cut once", "source": "Li et al., ICLR 2017"}
     )
-    for name, step in recover.STEPS.items():
-        found.append({"kind": "recovery", "name": name, "summary": step.summary, "source": step.source})
+    found.extend(
+        {"kind": "recovery", "name": step.name, "summary": step.summary, "source": step.source}
+        for step in recover.steps().values()
+    )
     return found

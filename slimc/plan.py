@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -64,7 +65,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(_lines(self.to_dict()) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -179,6 +180,21 @@ def make(types: Types, grouping: Grouping, cut: Cut, **facts: Any) -> Plan:
     return Plan(kept, shapes, groups, **facts)
 
 
+def _lines(data: dict[str, Any]) -> str:
+    """JSON with one line per tensor and per group, so that a diff shows what changed and an editor stays usable."""
+    parts = []
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            parts.append(f" {json.dumps(key)}: {{\n{rows}\n }}")
+        elif isinstance(value, list) and value:
+            rows = ",\n".join(f"  {json.dumps(item)}" for item in value)
+            parts.append(f" {json.dumps(key)}: [\n{rows}\n ]")
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}"
+
+
 def weights_sha256(model: nn.Module) -> str:
     """Hash of names, shapes, types and bytes of all weights."""
     digest = hashlib.sha256()
@@ -219,7 +235,7 @@ def _check_indices(name: str, axis: int, indices: list[int], shape: list[int]) -
         raise PlanError(f"{where}: the tensor has only {len(shape)} axes")
     if not indices:
         raise PlanError(f"{where}: keeps 0 of {shape[axis]} indices; at least 1 is needed")
-    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(indices)):
         raise PlanError(f"{where}: kept indices must be ascending, each once")
     if indices[0] < 0 or indices[-1] >= shape[axis]:
         raise PlanError(

@@ -1,34 +1,61 @@
-"""Recovery: what can be done to the kept weights after the cut, by the names that users type."""
+"""Recovery: what can be done to the kept weights after the cut, by the names that users type.
+
+A step is one file in `recovery/`. It changes the tensors of the rewritten graph in place; the user's module shares
+them.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from .data import examples
-from .recovery import bn
-from .result import Compressed
+from torch.fx import GraphModule
 
+from .errors import InternalError, UsageError
+from .graph.capture import Example
 
-def _bn(slim: Compressed, data: Iterable[Any]) -> str:
-    if not bn.has_batch_norm(slim.graph):
-        return "the model has no batch norm with running statistics; nothing was changed"
-    samples = bn.reestimate(slim.graph, examples(data, slim.analysis.captured.example))
-    return f"batch-norm statistics re-estimated on {samples} samples"
+Run = Callable[[GraphModule, Iterable[Example]], str]
+"""Fits a graph on batches of its inputs and says in one line what it did."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One way of fitting the kept weights again: changes the compressed model in place and says what it did."""
+    """One way of fitting the kept weights again, with one line about it and its source."""
 
-    run: Callable[[Compressed, Iterable[Any]], str]
+    name: str
     summary: str
     source: str
+    run: Run
 
 
-STEPS: dict[str, Step] = {
-    "bn": Step(
-        _bn, "re-estimate batch-norm statistics on unlabelled samples", "Li et al., EagleEye, ECCV 2020, section 3.3"
-    ),
-}
+_STEPS: dict[str, Step] = {}
+
+
+def step(name: str, summary: str, source: str) -> Callable[[Run], Run]:
+    """Register a recovery step under the name that users type."""
+
+    def register(function: Run) -> Run:
+        if name in _STEPS:
+            raise InternalError(f"two recovery steps are called {name!r}")
+        _STEPS[name] = Step(name, summary, source, function)
+        return function
+
+    return register
+
+
+def steps() -> dict[str, Step]:
+    """All steps by name; the folder listing is the registry."""
+    package = importlib.import_module("slimc.recovery")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"slimc.recovery.{module.name}")
+    return dict(sorted(_STEPS.items()))
+
+
+def find(name: str) -> Step:
+    """The step of that name."""
+    known = steps()
+    if name not in known:
+        raise UsageError(f"--recover {name}: known steps are {', '.join(known)}, auto and none")
+    return known[name]

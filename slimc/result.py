@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from . import recover
 from .analysis import Analysis, Stages
+from .data import examples
 from .exporters import latency as latency_of
 from .exporters.artifact import whole_folder
 from .exporters.formats import onnx, pt2, safetensors
@@ -21,7 +24,7 @@ from .exporters.parity import Parity, check_onnx, other_inputs
 from .graph.capture import program_of
 from .graph.infer import attribute
 from .plan import Plan
-from .report import Latency, OnnxFile, OutputFile, Report, write_html
+from .report import Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
 
 PURPOSE = {
     "model.onnx": "dense ONNX model for deployment",
@@ -74,6 +77,18 @@ class Compressed:
         named = {name: attribute(self.graph, name) for name in dict(self.graph.state_dict())}
         return {name: named.get(name, tensor).detach() for name, tensor in state.items()}
 
+    def recover(self, name: str, data: Iterable[Any]) -> None:
+        """Fit the kept weights again by one step of `slimc methods`, on batches of inputs; labels are not needed."""
+        self.synchronise()
+        with self.stages.stage("recover"):
+            detail = recover.find(name).run(self.graph, examples(data, self.analysis.captured.example))
+        self.note_recovery(name, detail)
+
+    def note_recovery(self, name: str, detail: str) -> None:
+        """Write down in the report what was done to the weights after the cut."""
+        done = (*(self.report.recovery or ()), RecoveryStep(name, detail))
+        self.report = replace(self.report, recovery=done, seconds=dict(self.stages.seconds))
+
     def export_onnx(self, path: str | Path) -> OnnxFile:
         """Write an ONNX file and compare it with the module in ONNX Runtime; ParityError where they differ."""
         path = Path(path)
@@ -86,7 +101,7 @@ class Compressed:
             raise
         file = OnnxFile(path.name, model.opset, model.dynamic_batch, parity.max_relative_error)
         self.report = replace(self.report, onnx=file)
-        self._warn(f"a batch normalisation is left in the ONNX file: {reason}" for reason in model.unfolded)
+        self.warn(f"a batch normalisation is left in the ONNX file: {reason}" for reason in model.unfolded)
         return file
 
     def _parity(self, path: Path, batched: tuple[bool, ...]) -> Parity:
@@ -116,7 +131,7 @@ class Compressed:
         for result in results:
             if result.skipped is None and result.speedup is not None:
                 rows.append(_row(result))
-            self._warn(result.warnings)
+            self.warn(result.warnings)
         self.report = replace(self.report, latency=tuple(rows) or None)
         return results
 
@@ -147,7 +162,8 @@ class Compressed:
         self.report.write_json(work / "report.json")
         write_html(self.report, work / "report.html")
 
-    def _warn(self, sentences: Any) -> None:
+    def warn(self, sentences: Iterable[str]) -> None:
+        """Add sentences to the report that a person should read."""
         known = self.report.warnings
         self.report = replace(self.report, warnings=(*known, *(s for s in sentences if s not in known)))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from .graph import rule
-from .graph.infer import Types, attribute, module_path
+from .graph.infer import Types, attribute
 from .graph.resize import Cut, Resizing
 
 
@@ -26,15 +26,13 @@ def rewrite(types: Types, cut: Cut) -> Rewritten:
     """
     original = types.captured.module
     root = _tree(slice_tensors(types, cut))
-    twins: dict[Node, Node] = {}
     graph = Graph()
-    graph.output(graph.graph_copy(original.graph, twins))
+    graph.output(graph.graph_copy(original.graph, {}))
     graph.set_codegen(original.graph._codegen)  # how arguments and results are packed
     _copy_untensored(original, graph, root)
-    module = GraphModule(root, graph, class_name=f"Slim{_name(original)}")
-    # graph_copy returns the output's argument; its node is the last of the new graph.
-    twins[next(reversed(original.graph.nodes))] = next(reversed(module.graph.nodes))
-    twins = {old: new for old, new in zip(original.graph.nodes, module.graph.nodes, strict=True)}
+    module = GraphModule(root, graph, class_name="SlimGraph")
+    # The output node is not part of `graph_copy`'s map; both graphs hold their nodes in the same order.
+    twins = dict(zip(original.graph.nodes, module.graph.nodes, strict=True))
     work = Resizing(types, cut.alive)
     for old, new in twins.items():
         if old.op == "call_function" and (resize := rule.RESIZE.get(rule.operator_name(old))) and work.touches(old):
@@ -89,11 +87,6 @@ def _copy_untensored(original: GraphModule, graph: Graph, root: nn.Module) -> No
         if not isinstance(value, Tensor):
             owner, _, last = str(node.target).rpartition(".")
             setattr(root.get_submodule(owner), last, value)
-
-
-def _name(module: GraphModule) -> str:
-    paths = {module_path(node) for node in module.graph.nodes}
-    return "Model" if not paths else "GraphModule"
 
 
 def shapes_agree(types: Types, cut: Cut, rewritten: Rewritten) -> str | None:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from graph.infer import Inference
-from graph.resize import Resizing
-from graph.rule import Axes, arguments, counts, infers, resizes, set_argument
-from graph.terms import Terms
+from slimc.graph.infer import Inference
+from slimc.graph.resize import Resizing
+from slimc.graph.rule import Axes, arguments, counts, infers, resizes, set_argument
+from slimc.graph.terms import Terms
 
 from .elementwise import broadcast
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from graph.infer import Inference
-from graph.rule import Axes, infers
+from slimc.graph.infer import Inference
+from slimc.graph.rule import Axes, infers
 
 
 @infers(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from graph.infer import Inference
-from graph.rule import Axes, arguments, infers
+from slimc.graph.infer import Inference
+from slimc.graph.rule import Axes, arguments, infers
 
 from .elementwise import broadcast
 

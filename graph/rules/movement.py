@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from graph.infer import Inference
-from graph.resize import Resizing
-from graph.rule import Axes, Value, arguments, infers, operator_name, resizes, set_argument
-from graph.terms import Terms
+from slimc.graph.infer import Inference
+from slimc.graph.resize import Resizing
+from slimc.graph.rule import Axes, Value, arguments, infers, operator_name, resizes, set_argument
+from slimc.graph.terms import Terms
 
 aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from graph.infer import Inference
-from graph.resize import Resizing
-from graph.rule import Axes, Value, arguments, infers, resizes, set_argument
+from slimc.graph.infer import Inference
+from slimc.graph.resize import Resizing
+from slimc.graph.rule import Axes, Value, arguments, infers, resizes, set_argument
 
 
 @infers("batch_norm", "instance_norm")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from graph.infer import Inference
-from graph.rule import Axes, arguments, counts, infers, operator_name
-from graph.terms import Terms
+from slimc.graph.infer import Inference
+from slimc.graph.rule import Axes, arguments, counts, infers, operator_name
+from slimc.graph.terms import Terms
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from graph.infer import Inference, hint
-from graph.rule import Value, infers
+from slimc.graph.infer import Inference, hint
+from slimc.graph.rule import Value, infers
 
 
 @infers("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")

@@ -50,6 +50,7 @@ _VALUE_CLASSES = frozenset(
         "torchvision.models.googlenet.GoogLeNetOutputs",
         "torchvision.models.inception.InceptionOutputs",
         "timm.layers.format.Format",
+        "transformers.generation.configuration_utils.GenerationConfig",
         "timm.models._features.FeatureInfo",
     }
 )
@@ -58,14 +59,7 @@ _VALUE_CLASSES = frozenset(
 _HELD_FUNCTIONS = frozenset(
     {f"torch.nn.functional.{name}" for name in ("relu", "relu6", "silu", "elu", "hardswish", "leaky_relu", "mish")}
     | {f"torch._C._nn.{name}" for name in ("gelu", "softplus", "hardtanh")}
-    | {
-        "torch.relu",
-        "torch.sigmoid",
-        "torch.tanh",
-        "torch.flatten",
-        "torchvision.ops.boxes.box_iou",
-        "torchvision.models.optical_flow.raft._pass_through_h",
-    }
+    | {"torchvision.ops.boxes.box_iou", "torchvision.models.optical_flow.raft._pass_through_h"}
 )
 
 # Names that loading calls: with these arguments come tensors, containers and plain values, nothing else.
@@ -115,8 +109,9 @@ _ADVICE = (
     ("torch.nn.utils.weight_norm", "Call torch.nn.utils.remove_weight_norm on the layer before saving."),
     ("torch.nn.utils.spectral_norm", "Call torch.nn.utils.remove_spectral_norm on the layer before saving."),
     ("torch.nn.utils.prune", "Call torch.nn.utils.prune.remove on the layer before saving."),
-    ("builtins.getattr", "A bound method is stored in the model (a hook, or self.x = self.method). Save "
-     "model.state_dict() and give the architecture with --arch."),
+    ("builtins.getattr", "A bound method is stored in the model: a hook, self.x = self.method, or "
+     "self.x = torch.relu (use nn.ReLU or torch.nn.functional.relu). Change that, or save model.state_dict() and give "
+     "the architecture with --arch."),
     ("numpy", "Save the tensors alone: torch.save(model.state_dict(), ...)."),
     ("__main__", "The class lives in the script that saved it. Move it into a module and save again, or save "
      "model.state_dict() and give --arch package.module:factory."),
@@ -156,7 +151,11 @@ def _resolve(named: Global, allow: Sequence[str], label: str) -> Any:
 
 def _module_class(named: Global, label: str) -> type:
     value = _lookup(named, label)
-    if not (isinstance(value, type) and issubclass(value, nn.Module) and _inside(value.__module__, MODULE_PACKAGES)):
+    if not isinstance(value, type) or not _inside(value.__module__, MODULE_PACKAGES):
+        raise _refusal(named, label)
+    # models of transformers hold their configuration: plain values, filled in without a call
+    configuration = any(str(base.__module__) == "transformers.configuration_utils" for base in value.__mro__)
+    if not (issubclass(value, nn.Module) or configuration):
         raise _refusal(named, label)
     return value
 

@@ -21,6 +21,7 @@ from slimc.errors import UsageError
 from slimc.graph.capture import Example
 from slimc.graph.infer import attribute
 from slimc.graph.rule import arguments, operator_name
+from slimc.recover import step
 
 
 @dataclass
@@ -69,12 +70,15 @@ def is_reestimated(node: Node) -> bool:
     return call["running_mean"] is not None and not call["training"]
 
 
-def reestimate(module: GraphModule, batches: Iterable[Example]) -> int:
-    """Replace the running mean and variance of every batch norm; returns how many samples were seen.
+@step("bn", "re-estimate batch-norm statistics on unlabelled samples", "Li et al., EagleEye, ECCV 2020, section 3.3")
+def reestimate(module: GraphModule, batches: Iterable[Example]) -> str:
+    """Replace the running mean and variance of every batch norm.
 
     module: a rewritten graph in eval mode; its buffers are written in place.
     Raises UsageError where the data is empty or has one value per channel only.
     """
+    if not any(is_reestimated(node) for node in module.graph.nodes):
+        return "the model has no batch norm with running statistics: nothing to re-estimate"
     measuring = _Measuring(module)
     samples = 0
     with torch.no_grad():
@@ -85,7 +89,7 @@ def reestimate(module: GraphModule, batches: Iterable[Example]) -> int:
             raise UsageError("--data gave no batch, so batch norms cannot be re-estimated")
         for node, sums in measuring.sums.items():
             _write(module, node, sums)
-    return samples
+    return f"batch-norm statistics re-estimated on {samples} samples"
 
 
 def _write(module: GraphModule, node: Node, sums: _Sums) -> None:
@@ -98,8 +102,3 @@ def _write(module: GraphModule, node: Node, sums: _Sums) -> None:
         target = call[name]
         if isinstance(target, Node) and target.op == "get_attr":
             attribute(module, str(target.target)).copy_(value)
-
-
-def has_batch_norm(module: GraphModule) -> bool:
-    """Whether there is anything to re-estimate."""
-    return any(is_reestimated(node) for node in module.graph.nodes)

@@ -13,7 +13,7 @@ from typing import Any
 
 from slimc.report.codec import decode, encode
 
-STAGES = ("capture", "infer", "score", "plan", "rewrite", "verify", "recover", "export", "latency")
+STAGES = ("capture", "infer", "score", "plan", "rewrite", "verify", "recover", "finetune", "export", "latency")
 
 
 @dataclass(frozen=True)
