@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -58,6 +59,8 @@ def parse(metric: str, value: str | float) -> Target:
         )
     if number == 0:
         raise UsageError(f"--{metric} {text}: nothing would be left. {_forms(metric)}")
+    if math.isinf(number):
+        raise UsageError(f"--{metric} {text}: not a finite amount. {_forms(metric)}")
     return Target(metric, text, None, number * units[unit])
 
 
@@ -93,8 +96,6 @@ def amount(metric: str, value: float) -> str:
 def describe(target: Target, before: float) -> str:
     """The target said both ways: `flops: 4.09 G → at most 1.64 G (keep 40%, cut 60%)`."""
     limit = target.limit(before)
-    share = limit / before if before else 1.0
-    m = target.metric
-    return f"{m}: {amount(m, before)} → at most {amount(m, limit)} (keep {share:.3g}, cut {1 - share:.3g})".replace(
-        f"(keep {share:.3g}, cut {1 - share:.3g})", f"(keep {100 * share:.3g}%, cut {100 * (1 - share):.3g}%)"
-    )
+    kept = 100 * limit / before if before else 100.0
+    spent = f"{amount(target.metric, before)} → at most {amount(target.metric, limit)}"
+    return f"{target.metric}: {spent} (keep {kept:.3g}%, cut {100 - kept:.3g}%)"

@@ -30,7 +30,7 @@ from .report import (
     TargetResult,
     Verification,
 )
-from .result import Compressed
+from .result import Compressed, evaluating
 from .rewrite import rewrite, shapes_agree
 from .trainable import trainable
 from .verify import Proof, random_inputs, verify
@@ -204,11 +204,14 @@ def _build(
         if wrong := shapes_agree(types, cut, rewritten):
             raise InternalError(f"the rewritten graph has a wrong shape at {wrong}; please report this with the model")
         own = eager.build(analysis.model, types, cut, rewritten, captured.example)
-        module = own.module or trainable(rewritten.module)
-        _restore_modes(module, analysis.modes)
+        if own.module is not None:
+            module: nn.Module = _with_modes(own.module, analysis.modes)
+        else:
+            module = trainable(rewritten.module).train(analysis.modes[""])
     with stages.stage("verify"):
         count = _INPUTS if analysis.full.macs * captured.batch < _LARGE_MACS else _INPUTS_OF_LARGE
-        proof = verify(types, cut, rewritten, random_inputs(captured.example, count, seed=0))
+        with evaluating(rewritten.module):
+            proof = verify(types, cut, rewritten, random_inputs(captured.example, count, seed=0))
     plan = make(types, analysis.grouping, cut, **facts)
     plan = replace(plan, attributes=own.attributes if own.module else None, attributes_note=own.reason)
     before, after = analysis.full, _costs(analysis, cut)
@@ -255,10 +258,10 @@ def _alignment(round_to: int | str) -> int:
     return number
 
 
-def _restore_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
+def _with_modes(module: nn.Module, modes: Mapping[str, bool]) -> nn.Module:
     for path, child in module.named_modules():
-        if path in modes:
-            child.training = modes[path]
+        child.training = modes.get(path, child.training)
+    return module
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .budget import amount
 from .errors import UnreachableTarget
 from .graph.cost import Costs, Widths
 from .graph.groups import Grouping
@@ -76,11 +77,17 @@ def _unreachable(limits: Mapping[str, float], smallest: Costs, full: Costs, roun
         least, before = getattr(smallest, METRIC[metric]), getattr(full, METRIC[metric])
         if least > limit:
             missed.append(
-                f"--{metric} asks for at most {limit / before:.4g} of the original, "
-                f"the smallest that can be reached is {least / before:.4g} ({least:.6g})"
+                f"--{metric} asks for at most {amount(metric, limit)} of {amount(metric, before)}; the smallest that "
+                f"can be reached is {_up(least / before)} of the original ({amount(metric, least)})"
             )
-    hint = " Try --round-to 1." if round_to > 1 else ""
+    hint = " With --round-to 1 it is smaller." if round_to > 1 else ""
     return "; ".join(missed) + f". Raise the target, or ignore fewer layers.{hint}"
+
+
+def _up(share: float) -> str:
+    """A share in four digits, never below the share itself, so that it can be asked for."""
+    scale = 10 ** (3 - math.floor(math.log10(share))) if share > 0 else 1
+    return f"{math.ceil(share * scale) / scale:.12g}"
 
 
 class _Search:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ class Compressed:
 
     @property
     def program(self) -> torch.export.ExportedProgram:
-        """The slim model as an exported program, with the weights that `module` has now."""
+        """The slim model as an exported program, at inference, with the weights that `module` has now."""
         self.synchronise()
-        return program_of(self.graph, self.analysis.captured)
+        with evaluating(self.graph):
+            return program_of(self.graph, self.analysis.captured)
 
     def synchronise(self) -> None:
         """Bring the graph's tensors up to date with the module's, after training or moving between devices."""
@@ -91,8 +93,10 @@ class Compressed:
 
     def export_onnx(self, path: str | Path) -> OnnxFile:
         """Write an ONNX file and compare it with the module in ONNX Runtime; ParityError where they differ."""
-        path = Path(path)
-        model = onnx.export(self.program, path)
+        return self._export_onnx(self.program, Path(path))
+
+    def _export_onnx(self, program: torch.export.ExportedProgram, path: Path) -> OnnxFile:
+        model = onnx.export(program, path)
         try:
             parity = self._parity(path, model.batched)
         except BaseException:
@@ -117,9 +121,12 @@ class Compressed:
             outputs = self.graph(*args, **kwargs)
             return pytree.tree_map_only(Tensor, lambda t: t.cpu(), outputs)
 
-        self.graph.eval()
         tensors = tuple(leaves[i].cpu() for i in places)
-        return check_onnx(path, reference, other_inputs(tensors, batched))
+        with evaluating(self.graph):
+            parity = check_onnx(path, reference, other_inputs(tensors, batched))
+        if not parity.outputs_vary:
+            self.warn(["the outputs do not depend on the inputs' values, so that ONNX parity says little"])
+        return parity
 
     def measure_latency(self, path: Path, **options: Any) -> tuple[LatencyResult, ...]:
         """Measure an exported file beside the original model, in turn, on every provider that is there."""
@@ -145,8 +152,9 @@ class Compressed:
         target = Path(folder)
         with whole_folder(target, overwrite) as work:
             with self.stages.stage("export"):
-                self.export_onnx(work / "model.onnx")
-                pt2.export(self.program, work / "model.pt2")
+                program = self.program
+                self._export_onnx(program, work / "model.onnx")
+                pt2.export(program, work / "model.pt2")
                 safetensors.export(self.state_dict(), work / "model.safetensors")
                 self.plan.save(work / "plan.json")
             if latency:
@@ -166,6 +174,18 @@ class Compressed:
         """Add sentences to the report that a person should read."""
         known = self.report.warnings
         self.report = replace(self.report, warnings=(*known, *(s for s in sentences if s not in known)))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode for a while; every part gets its own mode back."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def _row(result: LatencyResult) -> Latency:

@@ -27,6 +27,8 @@ def attention(walk: Inference, node: Node) -> Axes:
     walk.unify(node, query[-1], key[-1])
     walk.unify(node, key[-2], value[-2])
     walk.freeze(node, key[-2], "attention needs the sequence whole", "structure")
+    if call["is_causal"]:
+        walk.freeze(node, query[-2], "who may look at whom is counted in positions", "structure")
     if call.get("enable_gqa") and len(query[-3]) != len(key[-3]):
         _grouped_query(walk, node, query[-3], key[-3], value[-3])
         batch = broadcast(walk, node, [query[:-3], key[:-3], value[:-3]])

@@ -7,44 +7,23 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from slimc.graph.infer import Inference
-from slimc.graph.rule import Axes, infers
+from slimc.graph.rule import Axes, Value, infers
 
 
-@infers(
-    "pointwise",  # every operator that torch tags so
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-    "to",
-    "type_as",
-    "_to_copy",
-    "contiguous",
-    "clone",
-    "alias",
-    "detach",
-    "lift_fresh_copy",
-    "copy",
-    "bernoulli",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "empty_like",
-    "masked_fill",
-    "fill",
-    "zero",
-    "where",
-    "nan_to_num",
-    "prelu",
-    "hardswish",
-)
+@infers("pointwise", "copy", "fill", "where", "bernoulli", "nan_to_num", "hardswish", "rrelu", "log_sigmoid", "logit")
 def pointwise(walk: Inference, node: Node) -> Axes:
     """Operands align at the right; axes of one index broadcast and stay out of it."""
-    operands = [walk.axes(source) for source in node.all_input_nodes if walk.values[source] is not None]
-    if str(node.target).startswith("aten.prelu") and len(walk.shape(node.args[1])) == 1:  # type: ignore[arg-type]
-        return _prelu(walk, node)
-    return broadcast(walk, node, operands)
+    return broadcast(walk, node, [walk.axes(source) for source in node.all_input_nodes if walk.values[source] is not None])
+
+
+@infers("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
+@infers("to", "type_as", "_to_copy", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "zero")
+@infers("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like")
+def like_first(walk: Inference, node: Node) -> Value:
+    """The first operand's channels; others give a type or a device only."""
+    axes = walk.axes(node.args[0])
+    value = node.meta["val"]
+    return tuple(axes for _ in value) if isinstance(value, (tuple, list)) else axes
 
 
 def broadcast(walk: Inference, node: Node, operands: Sequence[Axes]) -> Axes:
@@ -61,9 +40,10 @@ def broadcast(walk: Inference, node: Node, operands: Sequence[Axes]) -> Axes:
     return tuple(result)
 
 
-def _prelu(walk: Inference, node: Node) -> Axes:
+@infers("prelu")
+def prelu(walk: Inference, node: Node) -> Axes:
     """PReLU's weight vector belongs to axis 1."""
-    axes, weight = walk.axes(node.args[0]), walk.axes(node.args[1])[0]
-    if len(weight) > 1 and len(axes) > 1:
-        walk.unify(node, axes[1], weight)
+    axes, weight = walk.axes(node.args[0]), walk.axes(node.args[1])
+    if len(weight) == 1 and len(weight[0]) > 1 and len(axes) > 1:
+        walk.unify(node, axes[1], weight[0])
     return axes

@@ -1,168 +1,81 @@
-"""Operators that only move elements: views, permutations, slices, joins.
+"""Operators that only move elements: permutations, slices, splits, shifts.
 
 There is no rule per operator. Each one is run on integer tensors that hold every element's own coordinate
-along one input axis; where the coordinates end up says which output axis each input axis feeds. Several
-feeding one is a merge (products), one feeding several is a split (its terms are products of the new axes).
-Views alone are solved by their sizes, since a view that splits and merges at once leaves coordinates
-ambiguous.
+along one input axis; where the coordinates end up says which output axis each input axis feeds and in which
+order. That is enough for operators that give each output axis from one input axis; views are in `view.py`.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from slimc.graph.infer import Inference
 from slimc.graph.resize import Resizing
-from slimc.graph.rule import Axes, Value, arguments, infers, operator_name, resizes, set_argument
+from slimc.graph.rule import Axes, Value, arguments, infers, resizes, set_argument
 from slimc.graph.terms import Terms
 
 aten = torch.ops.aten
 
 
-# -- views: common refinement of two shapes -----------------------------------------------------------
-
-
-@infers("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
-def view(walk: Inference, node: Node) -> Axes:
-    """Refine both shapes to common factors, split the input's axes to them, merge them to the output's."""
-    axes = walk.axes(node.args[0])
-    before, after = [len(axis) for axis in axes], list(walk.out_shape(node))
-    if before == after:
-        return axes
-    factors = _refine(before, after)
-    if factors is None:
-        for axis in axes:
-            walk.freeze(node, axis, f"a view from {before} to {after} does not split and merge whole axes")
-        return walk.frozen(after)
-    parts: list[Terms] = []
-    for axis, own in zip(axes, _deal(factors, before), strict=True):
-        parts.extend(_split(walk, node, axis, own))
-    merged = []
-    for own in _deal(factors, after):
-        merged.append(walk.store.grid(parts[: len(own)]) if own else walk.store.frozen(1))
-        parts = parts[len(own) :]
-    return tuple(merged)
-
-
-def _split(walk: Inference, node: Node, axis: Terms, sizes: list[int]) -> list[Terms]:
-    if len(sizes) < 2:
-        return [axis] if sizes else []
-    if not axis.any():
-        return [walk.store.frozen(size) for size in sizes]
-    parts = [walk.store.fresh(size) for size in sizes]
-    walk.unify(node, axis, walk.store.grid(parts))
-    return parts
-
-
-def _refine(before: list[int], after: list[int]) -> list[int] | None:
-    """Sizes that both shapes are made of, in order; None if there are none."""
-    if 0 in before or 0 in after:
-        return None
-    ends = sorted(set(np.cumprod(before).tolist()) | set(np.cumprod(after).tolist()) | {1})
-    factors = []
-    for small, large in zip(ends, ends[1:], strict=False):
-        if large % small:
-            return None
-        factors.append(large // small)
-    return factors
-
-
-def _deal(factors: list[int], shape: list[int]) -> list[list[int]]:
-    """The factors that make each axis of a shape."""
-    queue = list(factors)
-    dealt = []
-    for size in shape:
-        own: list[int] = []
-        while size > 1:
-            own.append(queue.pop(0))
-            size //= own[-1]
-        dealt.append(own)
-    return dealt
-
-
-@resizes("view", "reshape", "_unsafe_view", "unflatten", "expand", "zeros", "ones", "full", "empty")
-@resizes("new_zeros", "new_ones", "new_full", "new_empty")
-def literal_sizes(work: Resizing, old: Node, new: Node) -> None:
-    """Write the new sizes where the old ones stood."""
-    name = operator_name(old)
-    argument = {"unflatten": "sizes"}.get(name, "size")
-    if argument not in arguments(old):
-        argument = "shape"
-    written, copied = list(arguments(old)[argument]), list(arguments(new)[argument])
-    if name == "unflatten":
-        dim = arguments(old)["dim"]
-        rank = len(work.axes(old.args[0]))
-        start = dim % rank
-        shape = work.new_shape(old)[start : start + len(written)]
-        set_argument(new, argument, [s if s == -1 else n for s, n in zip(written, shape, strict=True)])
-        return
-    set_argument(new, argument, work.sizes(old, new, written, copied, keeps=name == "expand"))
-
-
-# -- everything that keeps or drops whole indices: coordinates ----------------------------------------
-
-
-@infers("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim", "slice", "narrow", "select", "split")
-@infers("split_with_sizes", "chunk", "tensor_split", "unbind", "roll", "flip", "pixel_shuffle", "pixel_unshuffle")
-@infers("pad", "constant_pad_nd", "repeat", "tile", "repeat_interleave", "unfold", "im2col", "diagonal", "as_strided")
+@infers("permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint")
+@infers("slice", "narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+@infers("unbind", "flip")
 def movement(walk: Inference, node: Node) -> Value:
     """Read from coordinates where every index went."""
-    call = {name: walk.number(value) for name, value in arguments(node).items() if not isinstance(value, Node)}
-    source, *symbols = [a for a in node.args if isinstance(a, Node) and walk.values[a] is not None] or [None]
-    axes = walk.axes(source)
-    for name, value in arguments(node).items():
-        if isinstance(value, Node):
-            call[name] = None if value is source else walk.number(value)
-    del symbols
-    runs = [_coordinates(node, call, axes, position) for position in range(len(axes))]
+    call = arguments(node)
+    source = next(name for name in ("self", "input", "tensor") if name in call)
+    axes = walk.axes(call[source])
+    if any(_is_open(call.get(name)) for name in ("start", "end", "length", "index")):
+        walk.freeze(node, axes[int(call["dim"]) % len(axes)], "its bounds are not known before the model runs")
+    fixed = {name: walk.number(value) for name, value in call.items() if name != source}
+    runs = [node.target(**{source: _coordinates(axes, i)}, **fixed) for i in range(len(axes))]  # type: ignore[operator]
     if isinstance(runs[0], Tensor):
         return _read(walk, node, axes, runs)
     return tuple(_read(walk, node, axes, [run[i] for run in runs]) for i in range(len(runs[0])))
 
 
-def _coordinates(node: Node, call: dict[str, Any], axes: Axes, position: int) -> Any:
-    """Run the operator on each element's coordinate along one axis, counted from 1; 0 is padding.
+def _is_open(bound: object) -> bool:
+    return isinstance(bound, Node)
+
+
+def _coordinates(axes: Axes, position: int) -> Tensor:
+    """Each element's coordinate along one axis, counted from 1 since 0 is padding.
 
     The tensor is expanded, not filled, so that an operator that returns a view costs nothing.
     """
     shape = [len(axis) for axis in axes]
     ones = [1] * len(shape)
     ones[position] = shape[position]
-    # im2col and padding modes exist for floating point only; coordinates are exact up to 2 ** 24.
-    kind = torch.float32 if operator_name(node) in ("im2col", "pad", "constant_pad_nd") else torch.int32
-    grid = torch.arange(1, shape[position] + 1, dtype=kind).view(ones).expand(shape)
-    named = {name: grid if value is None and name in ("self", "input") else value for name, value in call.items()}
-    if "value" in named:
-        named["value"] = 0
-    return node.target(**named)  # type: ignore[operator]
+    return torch.arange(1, shape[position] + 1, dtype=torch.float32).view(ones).expand(shape)
 
 
 def _read(walk: Inference, node: Node, axes: Axes, runs: list[Tensor]) -> Axes:
+    """One axis of the result for each axis of the source that it comes from."""
     shape = list(runs[0].shape)
-    feeds: list[list[Terms]] = [[] for _ in shape]
+    result = [walk.store.frozen(size) for size in shape]
     for axis, run in zip(axes, runs, strict=True):
-        along = _depends(run, exact=bool(axis.any()))
+        along = [i for i, size in enumerate(shape) if size > 1 and _varies(run, i)]
         if not along:
             _drop(walk, node, axis, run)
             continue
-        padded = torch.zeros(1, dtype=torch.int64).numpy()
-        terms = np.concatenate([padded, axis])  # coordinate 0 is padding, which is frozen
-        moved = terms[_restrict(run, along)]
-        if len(along) == 1:
-            feeds[along[0]].append(axis if moved.size == axis.size and np.array_equal(moved, axis) else moved)
-            continue
-        parts = _split_to(walk, node, moved.ravel(), [shape[i] for i in along])
-        for position, part in zip(along, parts, strict=True):
-            feeds[position].append(part)
-    return tuple(
-        walk.store.product(fed) if fed else walk.store.frozen(size) for fed, size in zip(feeds, shape, strict=True)
-    )
+        (position,) = along
+        terms = np.concatenate([walk.store.frozen(1), axis])  # coordinate 0 is padding
+        moved = terms[_line(run, position).to(torch.int64).numpy()]
+        result[position] = axis if moved.size == axis.size and np.array_equal(moved, axis) else moved
+    return tuple(result)
+
+
+def _line(run: Tensor, position: int) -> Tensor:
+    """The coordinates along one axis, in the middle of the others, where padding does not reach."""
+    return run[tuple(slice(None) if i == position else size // 2 for i, size in enumerate(run.shape))]
+
+
+def _varies(run: Tensor, position: int) -> bool:
+    line = _line(run, position)
+    return bool((line != line[0]).any())
 
 
 def _drop(walk: Inference, node: Node, axis: Terms, run: Tensor) -> None:
@@ -170,42 +83,6 @@ def _drop(walk: Inference, node: Node, axis: Terms, run: Tensor) -> None:
     if len(axis) > 1 and run.numel():
         index = int(run.reshape(-1)[0]) - 1
         walk.freeze(node, axis[index : index + 1], "picked by a literal index", "structure")
-
-
-def _split_to(walk: Inference, node: Node, moved: Terms, sizes: list[int]) -> list[Terms]:
-    if not moved.any():
-        return [walk.store.frozen(size) for size in sizes]
-    parts = [walk.store.fresh(size) for size in sizes]
-    walk.unify(node, moved, walk.store.grid(parts))
-    return parts
-
-
-def _depends(run: Tensor, exact: bool) -> list[int]:
-    """The axes along which a coordinate varies.
-
-    Varying along the first row of an axis is enough to see most; where the axis holds channels (`exact`), all
-    elements are compared. A frozen axis that is missed loses its place in a product, which is still sound.
-    """
-    moving = [i for i, size in enumerate(run.shape) if size > 1 and run.stride(i) != 0]
-    if len(moving) < 2:
-        return moving
-    origin = [0] * run.dim()
-    seen = [i for i in moving if _varies(run[tuple(slice(None) if i == j else o for j, o in enumerate(origin))])]
-    if not exact or bool(
-        (run == run[tuple(slice(None) if i in seen else slice(0, 1) for i in range(run.dim()))]).all()
-    ):
-        return seen
-    return [i for i in moving if not bool((run == run.narrow(i, 0, 1)).all())]
-
-
-def _varies(row: Tensor) -> bool:
-    return bool((row != row[0]).any())
-
-
-def _restrict(run: Tensor, along: list[int]) -> Terms:
-    index = tuple(slice(None) if i in along else 0 for i in range(run.dim()))
-    found: Terms = run[index].to(torch.int64).numpy()
-    return found
 
 
 @resizes("slice", "narrow")
@@ -262,11 +139,11 @@ def select_index(work: Resizing, old: Node, new: Node) -> None:
         new.args = (new.args[0], dim, work.position(axes[dim], index))
 
 
-@resizes("split", "split_with_sizes", "chunk", "tensor_split")
+@resizes("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 def split_sizes(work: Resizing, old: Node, new: Node) -> None:
     """Pieces survive unevenly, so their sizes are spelled out."""
     axes = work.axes(old.args[0])
-    dim = int(arguments(old).get("dim", 0)) % len(axes)
+    dim = int(arguments(old)["dim"]) % len(axes)
     if work.whole(axes[dim]):
         return
     sizes = [int(work.kept(piece[dim]).sum()) for piece in work.axes(old)]  # type: ignore[call-overload]
@@ -275,117 +152,104 @@ def split_sizes(work: Resizing, old: Node, new: Node) -> None:
     new.kwargs = {}
 
 
+# -- shifts, copies and borders along an axis ----------------------------------------------------------
+
+
+@infers("roll")
+def roll(walk: Inference, node: Node) -> Axes:
+    """Every index moves on, the last ones to the front; without dimensions it crosses rows."""
+    call = arguments(node)
+    axes = list(walk.axes(call["self"]))
+    if not call["dims"] or any(_is_open(shift) for shift in call["shifts"]):
+        for axis in axes:
+            walk.freeze(node, axis, "rolled across rows or by an unknown shift")
+        return tuple(axes)
+    for shift, dim in zip(call["shifts"], call["dims"], strict=True):
+        if axes[dim].any():
+            axes[dim] = np.roll(axes[dim], shift)
+    return tuple(axes)
+
+
 @resizes("roll")
 def roll_shifts(work: Resizing, old: Node, new: Node) -> None:
     """Along a shrunken axis, roll by the number of kept indices that wrap around."""
     call = arguments(old)
-    axes = work.axes(old.args[0])
-    dims = call["dims"] or []
+    axes = list(work.axes(old.args[0]))
     shifts = list(call["shifts"])
-    if not dims:
-        return
-    for place, dim in enumerate(dims):
-        axis = axes[dim % len(axes)]
-        if isinstance(shifts[place], int) and not work.whole(axis):
+    for place, dim in enumerate(call["dims"]):
+        axis = axes[dim]
+        if not work.whole(axis):
             wrap = shifts[place] % len(axis)
+            axes[dim] = np.roll(axis, wrap)
             shifts[place] = int(work.kept(axis)[len(axis) - wrap :].sum()) if wrap else 0
     set_argument(new, "shifts", shifts)
 
 
-# -- joins, broadcasts and constants ------------------------------------------------------------------
-
-
-@infers("cat", "concat")
-def cat(walk: Inference, node: Node) -> Axes:
-    """Axes follow each other along one dimension and are the same along the others."""
+@infers("repeat_interleave")
+def repeat_interleave(walk: Inference, node: Node) -> Axes:
+    """Each index several times in a row; by a tensor of counts, or across rows, its axis stays whole."""
     call = arguments(node)
-    parts = [walk.axes(part) for part in call["tensors"]]
-    parts = [axes for axes in parts if not (len(axes) == 1 and len(axes[0]) == 0)] or parts
-    dim = int(call["dim"]) % len(parts[0])
-    joined = []
-    for position in range(len(parts[0])):
-        here = [axes[position] for axes in parts]
-        if position == dim:
-            joined.append(np.concatenate(here) if len(here) > 1 else here[0])
+    source = call.get("self", call["repeats"])
+    axes = list(walk.axes(source))
+    if isinstance(call["repeats"], int) and call["dim"] is not None:
+        dim = int(call["dim"]) % len(axes)
+        axes[dim] = np.repeat(axes[dim], call["repeats"])
+        return tuple(axes)
+    gone = range(len(axes)) if call["dim"] is None else [int(call["dim"]) % len(axes)]
+    out = walk.frozen(walk.out_shape(node))
+    for dim in gone:
+        walk.freeze(node, axes[dim], "repeated a different number of times each", "structure")
+    return tuple(out if call["dim"] is None else [out[i] if i in gone else axis for i, axis in enumerate(axes)])
+
+
+@resizes("repeat_interleave")
+def repeated_size(work: Resizing, old: Node, new: Node) -> None:
+    """The size of the result, where it is written down."""
+    call = arguments(old)
+    if isinstance(call.get("output_size"), int) and call["dim"] is not None:
+        set_argument(new, "output_size", work.new_shape(old)[int(call["dim"])])
+
+
+@infers("pad", "constant_pad_nd")
+def pad(walk: Inference, node: Node) -> Axes:
+    """A constant border is frozen; one made of the values themselves needs its axis whole."""
+    call = arguments(node)
+    axes = list(walk.axes(call["self"]))
+    constant_mode = call.get("mode", "constant") == "constant"
+    for place, (before, after) in enumerate(zip(call["pad"][::2], call["pad"][1::2], strict=True)):
+        position = len(axes) - 1 - place
+        axis = axes[position]
+        if before == 0 and after == 0:
             continue
-        for axis in here[1:]:
-            walk.unify(node, here[0], axis)
-        joined.append(here[0])
-    return tuple(joined)
-
-
-@infers("stack")
-def stack(walk: Inference, node: Node) -> Axes:
-    """A new axis of whole tensors, all of the same channels."""
-    call = arguments(node)
-    parts = [walk.axes(part) for part in call["tensors"]]
-    for axes in parts[1:]:
-        for left, right in zip(parts[0], axes, strict=True):
-            walk.unify(node, left, right)
-    dim = int(call["dim"]) % (len(parts[0]) + 1)
-    return (*parts[0][:dim], walk.store.frozen(len(parts)), *parts[0][dim:])
-
-
-@infers("getitem")
-def getitem(walk: Inference, node: Node) -> Value:
-    """One of several results."""
-    value = walk.values[node.args[0]]  # type: ignore[index]
-    return value[node.args[1]]
-
-
-@infers("expand")
-def expand(walk: Inference, node: Node) -> Axes:
-    """A repeated axis has as many indices as its readers want, unless the size is symbolic."""
-    call = arguments(node)
-    source, sizes = walk.axes(call["self"]), call["size"]
-    out = walk.out_shape(node)
-    axes = []
-    for position in range(-len(out), 0):
-        inside = source[position] if len(source) >= -position else None
-        if inside is not None and len(inside) == out[position]:
-            axes.append(inside)
+        size = walk.out_shape(node)[position]
+        if not constant_mode or any(_is_open(width) or width < 0 for width in (before, after)):
+            walk.freeze(node, axis, "cropped, or padded with its own values")
+            axes[position] = walk.store.frozen(size)
+        elif axis.any():
+            axes[position] = np.concatenate([walk.store.frozen(before), axis, walk.store.frozen(after)])
         else:
-            literal = isinstance(sizes[position], int)
-            axes.append(walk.store.fresh(out[position]) if literal else walk.store.frozen(out[position]))
+            axes[position] = walk.store.frozen(size)
     return tuple(axes)
 
 
-@infers("expand_as")
-def expand_as(walk: Inference, node: Node) -> Axes:
-    """Broadcast to another value's shape."""
-    source, other = walk.axes(node.args[0]), walk.axes(node.args[1])
-    for position in range(-len(source), 0):
-        if len(source[position]) > 1:
-            walk.unify(node, source[position], other[position])
-    return other
+@infers("unfold")
+def unfold(walk: Inference, node: Node) -> Axes:
+    """Windows along an axis, which stays whole; each window is a new last axis."""
+    call = arguments(node)
+    axes = list(walk.axes(call["self"]))
+    dim = int(call["dimension"]) % len(axes)
+    walk.freeze(node, axes[dim], "windows need their axis whole", "structure")
+    shape = walk.out_shape(node)
+    axes[dim] = walk.store.frozen(shape[dim])
+    return (*axes, walk.store.frozen(shape[-1]))
 
 
-@infers("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
-def constant_fill(walk: Inference, node: Node) -> Axes:
-    """The same value everywhere: as many indices as its readers want, where the size is a literal."""
-    sizes = arguments(node).get("size")
-    if not isinstance(sizes, (list, tuple)):
-        return walk.frozen(walk.out_shape(node))
-    return tuple(
-        walk.store.fresh(size) if isinstance(size, int) else walk.store.frozen(out)
-        for size, out in zip(sizes, walk.out_shape(node), strict=True)
-    )
-
-
-@infers("arange", "linspace", "eye", "rand", "randn", "scalar_tensor", "tril_indices", "meshgrid")
-def positions(walk: Inference, node: Node) -> Value:
-    """Values that depend on their place keep every place."""
-    value = node.meta["val"]
-    if isinstance(value, Tensor):
-        return walk.frozen(walk.out_shape(node))
-    return pytree.tree_map_only(Tensor, lambda t: walk.frozen([int(s) for s in t.shape]), tuple(value))
-
-
-@infers("channel_shuffle", "native_channel_shuffle")
-def channel_shuffle(walk: Inference, node: Node) -> Axes:
-    """(group, offset) becomes (offset, group); the number of groups is a literal and stays."""
-    axes, groups = walk.axes(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
-    parts = _split(walk, node, axes[1], [groups, len(axes[1]) // groups])
-    walk.freeze(node, parts[0], "the number of groups of a channel shuffle", "structure")
-    mixed = walk.store.grid([parts[1], parts[0]])
-    return (axes[0], mixed, *axes[2:])
+@infers("diagonal")
+def diagonal(walk: Inference, node: Node) -> Axes:
+    """Two axes that must stay aligned become one, the last."""
+    call = arguments(node)
+    axes = walk.axes(call["self"])
+    gone = {int(call["dim1"]) % len(axes), int(call["dim2"]) % len(axes)}
+    for dim in gone:
+        walk.freeze(node, axes[dim], "a diagonal needs both axes whole", "structure")
+    return (*(axis for i, axis in enumerate(axes) if i not in gone), walk.store.frozen(walk.out_shape(node)[-1]))

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from slimc.graph.infer import Inference
+from slimc.graph.infer import Inference, hint
 from slimc.graph.resize import Resizing
-from slimc.graph.rule import Axes, Value, arguments, infers, resizes, set_argument
+from slimc.graph.rule import Axes, Value, arguments, infers, operator_name, resizes, set_argument
+from slimc.graph.rules.elementwise import broadcast
 
 
 @infers("batch_norm", "instance_norm")
@@ -24,6 +25,9 @@ def per_channel(walk: Inference, node: Node) -> Axes:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call[name] is not None:
             walk.unify(node, axes[1], walk.axes(call[name])[0])
+    if call.get("training") or call.get("use_input_stats") or call["running_mean"] is None:
+        for axis in (axes[0], *axes[2:]):  # a standardised weight's inputs, say
+            walk.renormalise(node, axis)
     return axes
 
 
@@ -58,6 +62,8 @@ def group_norm(walk: Inference, node: Node) -> Axes:
     for name in ("weight", "bias"):
         if call[name] is not None:
             walk.unify(node, axes[1], walk.axes(call[name])[0])
+    for axis in axes[2:]:
+        walk.renormalise(node, axis)
     size = len(axes[1]) // groups
     if groups == 1:
         walk.renormalise(node, axes[1])
@@ -86,48 +92,89 @@ def _reduced(axes: Axes, dims: Any) -> list[int]:
 
 
 @infers("sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "var", "std", "var_mean", "std_mean")
-@infers("logsumexp", "linalg_vector_norm", "norm", "median", "nanmean")
+@infers("logsumexp", "linalg_vector_norm", "norm", "median", "nanmean", "nansum", "count_nonzero", "aminmax", "mode")
+@infers("nanmedian", "frobenius_norm", "linalg_norm")
 def reduction(walk: Inference, node: Node) -> Value:
     """Reduced axes go; all but a sum of zeros see that elements are missing."""
     operands = [a for a in node.args if isinstance(a, Node) and walk.values[a] is not None]
     if len(operands) == 2:  # max(a, b) is element by element
-        from .elementwise import pointwise
-
-        return pointwise(walk, node)
+        return broadcast(walk, node, [walk.axes(operand) for operand in operands])
     call = arguments(node)
     axes = walk.axes(operands[0])
     gone = _reduced(axes, call.get("dim"))
-    # A norm of zeros is zero as well, but its power is not known here; count it as a statistic.
-    if not str(node.target).startswith("aten.sum"):
-        for position in gone:
+    for position in gone:
+        if _reads_positions(node):
+            walk.freeze(node, axes[position], "where the chosen value stands depends on all of the axis")
+        elif not str(node.target).startswith("aten.sum"):
+            # A norm of zeros is zero as well, but its power is not known here; count it as a statistic.
             walk.renormalise(node, axes[position])
-    kept = [axis for i, axis in enumerate(axes) if i not in gone]
-    if call.get("keepdim"):
-        kept = [walk.store.frozen(1) if i in gone else axis for i, axis in enumerate(axes)]
+    kept = _without(walk, axes, gone, bool(call.get("keepdim")))
     value = node.meta["val"]
-    return tuple(tuple(kept) for _ in value) if isinstance(value, (tuple, list)) else tuple(kept)
+    return tuple(kept for _ in value) if isinstance(value, (tuple, list)) else kept
 
 
-@infers("softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "sort", "argsort", "topk", "argmax", "argmin")
-@infers("logcumsumexp", "glu_split", "kthvalue")
+def _without(walk: Inference, axes: Axes, gone: list[int], keepdim: bool) -> Axes:
+    if keepdim:
+        return tuple(walk.store.frozen(1) if i in gone else axis for i, axis in enumerate(axes))
+    return tuple(axis for i, axis in enumerate(axes) if i not in gone)
+
+
+def _reads_positions(node: Node) -> bool:
+    """Whether anyone reads the second result, the positions, of max, min, median or mode along an axis."""
+    name = str(node.target).split(".")[1].rstrip("_")
+    chosen = name in ("max", "min", "median", "nanmedian", "mode") and isinstance(node.meta["val"], (tuple, list))
+    return chosen and any(operator_name(user) != "getitem" or user.args[1] == 1 for user in node.users)
+
+
+@infers("softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "sort", "argsort", "logcumsumexp", "cummax", "cummin")
+@infers("softmin", "special_softmax", "special_log_softmax")
 def whole_axis(walk: Inference, node: Node) -> Value:
     """What one index gives depends on all of them, so the axis stays."""
-    call = arguments(node)
-    axes = walk.axes(node.args[0])
-    dim = call.get("dim")
-    chosen = _reduced(axes, dim)
-    name = str(node.target).split(".")[1]
-    for position in chosen:
-        walk.freeze(node, axes[position], f"{name} needs its axis whole")
+    axes, _ = _chosen(walk, node)
     value = node.meta["val"]
-    if name in ("argmax", "argmin"):
-        kept = [axis for i, axis in enumerate(axes) if i not in chosen]
-        if call.get("keepdim"):
-            kept = [walk.store.frozen(1) if i in chosen else axis for i, axis in enumerate(axes)]
-        return tuple(kept)
-    if name in ("topk", "kthvalue"):
-        return tuple(walk.frozen([int(s) for s in item.shape]) for item in value)
     return tuple(axes for _ in value) if isinstance(value, (tuple, list)) else axes
+
+
+@infers("argmax", "argmin")
+def position_of(walk: Inference, node: Node) -> Axes:
+    """A position among all indices, so the axis stays."""
+    axes, chosen = _chosen(walk, node)
+    return _without(walk, axes, chosen, bool(arguments(node)["keepdim"]))
+
+
+@infers("topk", "kthvalue")
+def some_of(walk: Inference, node: Node) -> Value:
+    """The best among all indices, so the axis stays; the others pass."""
+    axes, chosen = _chosen(walk, node)
+    results = []
+    for item in node.meta["val"]:
+        shape = [hint(size) for size in item.shape]
+        kept = axes if len(shape) == len(axes) else _without(walk, axes, chosen, False)
+        in_full = len(shape) == len(axes)
+        results.append(tuple(walk.store.frozen(shape[i]) if in_full and i in chosen else a for i, a in enumerate(kept)))
+    return tuple(results)
+
+
+def _chosen(walk: Inference, node: Node) -> tuple[Axes, list[int]]:
+    """Freeze the axes that an operator works along; returns all axes and which those are."""
+    axes = walk.axes(node.args[0])
+    chosen = _reduced(axes, arguments(node).get("dim"))
+    for position in chosen:
+        walk.freeze(node, axes[position], f"{operator_name(node)} needs its axis whole")
+    return axes, chosen
+
+
+@infers("_weight_norm")
+def weight_norm(walk: Inference, node: Node) -> Axes:
+    """v [C, ...] scaled so that every row has the length that g [C, 1, ...] says."""
+    call = arguments(node)
+    axes, length = walk.axes(call["v"]), walk.axes(call["g"])
+    for position, (axis, own) in enumerate(zip(axes, length, strict=False)):
+        if position == call["dim"] % len(axes):
+            walk.unify(node, axis, own)
+        else:
+            walk.renormalise(node, axis)
+    return axes
 
 
 @infers("glu")
