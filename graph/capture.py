@@ -67,6 +67,7 @@ class Captured:
     dynamic_shapes: what `torch.export` needs to capture the graph again with a dynamic batch; None if static.
     batch: the example's batch size, by which per-sample costs are divided.
     batch_note: why the batch axis is fixed, else None.
+    constants: names of tensors that are neither parameters nor buffers of the model.
     """
 
     module: GraphModule
@@ -74,6 +75,7 @@ class Captured:
     dynamic_shapes: Any | None
     batch: int
     batch_note: str | None
+    constants: frozenset[str] = frozenset()
 
 
 def capture(model: nn.Module, inputs: Any) -> Captured:
@@ -118,7 +120,8 @@ def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any
     is_open = any(_is_open(node) for node in module.graph.nodes)
     note = None if spec is None or is_open else "the model's operators fix the batch size"
     batch = batch_of(example)
-    return Captured(module, example, spec if is_open else None, batch, note)
+    constants = frozenset(program.graph_signature.lifted_tensor_constants)
+    return Captured(module, example, spec if is_open else None, batch, note, constants)
 
 
 def _is_open(node: Node) -> bool:

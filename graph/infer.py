@@ -63,6 +63,7 @@ class Inference:
 
     def __init__(self, captured: Captured) -> None:
         self.module: GraphModule = captured.module
+        self.constants = captured.constants
         self.store = Store()
         self.values: dict[Node, Value] = {}
         self.tensors: dict[str, Axes] = {}
@@ -134,7 +135,7 @@ class Inference:
             return self._no_tensor(node)
         name = operator_name(node)
         function = rule.INFER.get(name)
-        if function is None and rule.is_pointwise(node):
+        if function is None and rule.is_pointwise(node) and isinstance(node.meta["val"], Tensor):
             function = rule.INFER["pointwise"]
         if function is None:
             return self._unknown(node)
@@ -153,10 +154,18 @@ class Inference:
         if name not in self.aliases[first]:
             self.aliases[first].append(name)
         if first not in self.tensors:
-            whole = not tensor.is_floating_point()  # integers are positions and counts, never channels
-            axes = (self.store.frozen(size) if whole else self.store.fresh(size) for size in tensor.shape)
-            self.tensors[first] = tuple(axes)
+            self.tensors[first] = self._own_axes(first, tensor)
         return self.tensors[first]
+
+    def _own_axes(self, name: str, tensor: Tensor) -> Axes:
+        if not tensor.is_floating_point():  # integers are positions and counts, never channels
+            return self.frozen(tensor.shape)
+        axes = tuple(self.store.fresh(size) for size in tensor.shape)
+        if name in self.constants:
+            reason = "a constant written in forward() keeps its size; register it as a buffer to let it shrink"
+            for axis in axes:
+                self.store.freeze(axis, Cause(name, "constant", "", reason, "limit"))
+        return axes
 
     def _input(self, node: Node) -> Value:
         value = node.meta.get("val")

@@ -95,7 +95,9 @@ def amount(metric: str, value: float) -> str:
 
 def describe(target: Target, before: float) -> str:
     """The target said both ways: `flops: 4.09 G → at most 1.64 G (keep 40%, cut 60%)`."""
-    limit = target.limit(before)
-    kept = 100 * limit / before if before else 100.0
-    spent = f"{amount(target.metric, before)} → at most {amount(target.metric, limit)}"
-    return f"{target.metric}: {spent} (keep {kept:.3g}%, cut {100 - kept:.3g}%)"
+    limit, metric = target.limit(before), target.metric
+    if limit >= before:
+        return f"{metric}: {amount(metric, before)}, within {amount(metric, limit)} as it is: nothing to remove"
+    kept = 100 * limit / before
+    spent = f"{amount(metric, before)} → at most {amount(metric, limit)}"
+    return f"{metric}: {spent} (keep {kept:.3g}%, cut {100 - kept:.3g}%)"

@@ -86,20 +86,23 @@ class Plan:
         if data.get("format", FORMAT) != FORMAT:
             raise PlanError(f"{source} has plan format {data['format']}; this slimc reads format {FORMAT}")
         kept = {name: _axes(name, axes, source) for name, axes in data["kept"].items()}
-        shapes = data.get("shapes") or {}
-        groups = tuple(
-            PlanGroup(g["name"], g["width"], g["kept"], g["exact"], tuple((m[0], m[1]) for m in g["members"]))
-            for g in data.get("groups") or ()
-        )
+        tables = {name: _table(name, data.get(name), source) for name in ("shapes", "targets", "method", "versions")}
+        if not all(isinstance(shape, list) for shape in tables["shapes"].values()):
+            raise PlanError(f'{source}: "shapes" must be a table from tensor name to a list of sizes')
+        attributes = data.get("attributes")
+        if attributes is not None and not all(
+            isinstance(own, dict) for own in _table("attributes", attributes, source).values()
+        ):
+            raise PlanError(f'{source}: "attributes" must be a table from module to a table of its sizes')
         return Plan(
             kept,
-            shapes,
-            groups,
-            data.get("targets") or {},
-            data.get("method") or {},
-            data.get("versions") or {},
+            tables["shapes"],
+            _groups(data.get("groups") or [], source),
+            tables["targets"],
+            tables["method"],
+            tables["versions"],
             data.get("source_sha256"),
-            data.get("attributes"),
+            attributes,
             data.get("attributes_note"),
         )
 
@@ -120,6 +123,7 @@ class Plan:
         tensors = {name: attribute(module, name) for name in types.tensors}
         aliases = {alias: first for first, names in types.aliases.items() for alias in names}
         self._check_tensors(tensors | {alias: tensors[first] for alias, first in aliases.items()})
+        _check_ties(types, self.kept)
         kept = {aliases.get(name, name): axes for name, axes in self.kept.items()}
         alive = np.zeros(types.solution.variables, np.bool_)
         masks = {}
@@ -217,6 +221,24 @@ def _index(indices: list[int], like: Tensor) -> Tensor:
     return torch.tensor(indices, dtype=torch.int64, device=like.device)
 
 
+def _table(name: str, value: Any, source: str) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise PlanError(f'{source}: "{name}" must be a table, not {type(value).__name__}')
+    return value or {}
+
+
+def _groups(rows: Any, source: str) -> tuple[PlanGroup, ...]:
+    try:
+        return tuple(
+            PlanGroup(g["name"], g["width"], g["kept"], g["exact"], tuple((m[0], m[1]) for m in g["members"]))
+            for g in rows
+        )
+    except (TypeError, KeyError, IndexError) as error:
+        raise PlanError(
+            f'{source}: "groups" must be a list of tables with name, width, kept, exact and members ({error!r})'
+        ) from error
+
+
 def _axes(name: str, axes: Any, source: str) -> dict[int, list[int]]:
     if not isinstance(axes, dict):
         raise PlanError(f'{source}: "kept" of {name} must be a table from axis to indices')
@@ -241,6 +263,13 @@ def _check_indices(name: str, axis: int, indices: list[int], shape: list[int]) -
         raise PlanError(
             f"{where}: index {indices[-1] if indices[0] >= 0 else indices[0]} is outside 0..{shape[axis] - 1}"
         )
+
+
+def _check_ties(types: Types, kept: Mapping[str, dict[int, list[int]]]) -> None:
+    for first, names in types.aliases.items():
+        for name in names:
+            if kept.get(name) != kept.get(first):
+                raise PlanError(f"{first} and {name} are one tensor in this model, but the plan cuts them differently")
 
 
 def _check_coupling(

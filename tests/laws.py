@@ -74,7 +74,8 @@ def check_laws(
     before = _fingerprint(model)
     analysis = analyse(model, inputs)
     assert _fingerprint(model) == before, "the caller's model was changed"
-    check_empty_plan(analysis)
+    with torch.random.fork_rng():
+        check_empty_plan(analysis)
     cut = random_cut(analysis, np.random.default_rng(seed), fraction)
     rewritten = rewrite(analysis.types, cut)
     assert shapes_agree(analysis.types, cut, rewritten) is None
@@ -86,11 +87,12 @@ def check_laws(
     own = eager.build(analysis.model, analysis.types, cut, rewritten, analysis.captured.example)
     if eager_result is not None:
         assert (own.module is not None) == eager_result, own.reason
-    check_costs(analysis, cut, rewritten, own)
-    if own.module is not None:
-        check_attributes(own.module)
-    if inferred_again:
-        check_inferred_again(analysis, cut, rewritten)
+    with torch.random.fork_rng():
+        check_costs(analysis, cut, rewritten, own)
+        if own.module is not None:
+            check_attributes(own.module)
+        if inferred_again:
+            check_inferred_again(analysis, cut, rewritten)
     assert _fingerprint(model) == before, "the caller's model was changed"
     return Checked(analysis, cut, rewritten, proof, own)
 

@@ -13,7 +13,9 @@ from slimc.graph.rule import Axes, Value, infers
 @infers("pointwise", "copy", "fill", "where", "bernoulli", "nan_to_num", "hardswish", "rrelu", "log_sigmoid", "logit")
 def pointwise(walk: Inference, node: Node) -> Axes:
     """Operands align at the right; axes of one index broadcast and stay out of it."""
-    return broadcast(walk, node, [walk.axes(source) for source in node.all_input_nodes if walk.values[source] is not None])
+    return broadcast(
+        walk, node, [walk.axes(source) for source in node.all_input_nodes if walk.values[source] is not None]
+    )
 
 
 @infers("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")

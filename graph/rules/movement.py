@@ -21,7 +21,9 @@ aten = torch.ops.aten
 
 
 @infers("permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint")
-@infers("slice", "narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+@infers(
+    "slice", "narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"
+)
 @infers("unbind", "flip")
 def movement(walk: Inference, node: Node) -> Value:
     """Read from coordinates where every index went."""

@@ -123,10 +123,12 @@ def _reads_positions(node: Node) -> bool:
     """Whether anyone reads the second result, the positions, of max, min, median or mode along an axis."""
     name = str(node.target).split(".")[1].rstrip("_")
     chosen = name in ("max", "min", "median", "nanmedian", "mode") and isinstance(node.meta["val"], (tuple, list))
-    return chosen and any(operator_name(user) != "getitem" or user.args[1] == 1 for user in node.users)
+    return chosen and any(user.args[1] == 1 and user.users for user in node.users if operator_name(user) == "getitem")
 
 
-@infers("softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "sort", "argsort", "logcumsumexp", "cummax", "cummin")
+@infers(
+    "softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "sort", "argsort", "logcumsumexp", "cummax", "cummin"
+)
 @infers("softmin", "special_softmax", "special_log_softmax")
 def whole_axis(walk: Inference, node: Node) -> Value:
     """What one index gives depends on all of them, so the axis stays."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch.fx import Node
 
-from slimc.graph.infer import Inference
-from slimc.graph.rule import Axes, arguments, counts, infers, operator_name
+from slimc.graph.infer import Inference, hint
+from slimc.graph.rule import Axes, Value, arguments, counts, infers, operator_name
 from slimc.graph.terms import Terms
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -18,14 +19,16 @@ def recurrent(walk: Inference, node: Node) -> tuple[Axes, ...]:
     """input [T, N, in] (or batch first), weights per layer and direction -> output, last states."""
     call = arguments(node)
     name = operator_name(node)
-    x = walk.axes(call["input"])
-    feature = x[-1]
     per = 2 + 2 * bool(call["has_biases"])
     weights = [walk.axes(weight) for weight in call["params"]]
     directions = 1 + bool(call["bidirectional"])
     hiddens: list[Terms] = []
-    if len(weights) != int(call["num_layers"]) * directions * per:  # projections: another layout
-        return _frozen(walk, node, weights)
+    if "input" not in call:
+        return _frozen(walk, node, "a recurrence over packed sequences is left alone")
+    if len(weights) != int(call["num_layers"]) * directions * per:
+        return _frozen(walk, node, "a recurrence with projections is left alone")
+    x = walk.axes(call["input"])
+    feature = x[-1]
     for layer in range(int(call["num_layers"])):
         outputs = []
         for direction in range(directions):
@@ -51,8 +54,6 @@ def _cell(walk: Inference, node: Node, feature: Terms, weights: Sequence[Axes], 
 
 
 def _joined(outputs: list[Terms]) -> Terms:
-    import numpy as np
-
     return np.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -65,22 +66,45 @@ def _initial(walk: Inference, node: Node, states: Sequence[Node], hiddens: list[
 
 def _state(walk: Inference, node: Node, hiddens: list[Terms]) -> Axes:
     value = node.meta["val"][1]
-    shape = [int(size) if isinstance(size, int) else size.node.hint for size in value.shape]
+    shape = [hint(size) for size in value.shape]
     for hidden in hiddens[1:]:
         walk.unify(node, hiddens[0], hidden)
     return (*walk.frozen(shape[:-1]), hiddens[0])
 
 
-def _frozen(walk: Inference, node: Node, weights: Sequence[Axes]) -> tuple[Axes, ...]:
-    for axes in (walk.axes(node.args[0]), *weights):
-        for axis in axes:
-            walk.freeze(node, axis, "a recurrence with projections is left alone")
-    return tuple(walk.frozen([s if isinstance(s, int) else s.node.hint for s in v.shape]) for v in node.meta["val"])
+def _frozen(walk: Inference, node: Node, reason: str) -> tuple[Axes, ...]:
+    for source in node.all_input_nodes:
+        for axis in walk.values[source] or ():
+            walk.freeze(node, axis, reason)
+    return tuple(walk.frozen([hint(size) for size in value.shape]) for value in node.meta["val"])
 
 
 @counts("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent_macs(walk: Inference, node: Node) -> list[tuple[float, Sequence[Terms]]]:
-    """Every weight matrix once per step and sample."""
+    """Every weight matrix once per step and sample; packed sequences as if all were full."""
+    call = arguments(node)
+    x = walk.axes(call["input"] if "input" in call else call["data"])
+    return [(1.0, [*walk.axes(w), *x[:-1]]) for w in call["params"] if len(walk.axes(w)) == 2]
+
+
+# -- single steps -------------------------------------------------------------------------------------
+
+
+@infers("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(walk: Inference, node: Node) -> Value:
+    """input [N, in], state [N, hidden] (two for LSTM), the weights of one layer -> the next state."""
     call = arguments(node)
     x = walk.axes(call["input"])
-    return [(1.0, [*walk.axes(w), *x[:-1]]) for w in call["params"] if len(walk.axes(w)) == 2]
+    names = [name for name in ("w_ih", "w_hh", "b_ih", "b_hh") if call[name] is not None]
+    gates = GATES[operator_name(node).removesuffix("_cell")]
+    hidden = _cell(walk, node, x[-1], [walk.axes(call[name]) for name in names], gates)
+    _initial(walk, node, call["hx"], [hidden])
+    state = (*x[:-1], hidden)
+    return (state, state) if isinstance(node.meta["val"], (tuple, list)) else state
+
+
+@counts("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell_macs(walk: Inference, node: Node) -> list[tuple[float, Sequence[Terms]]]:
+    """Both weight matrices once per sample."""
+    call = arguments(node)
+    return [(1.0, [*walk.axes(call[name]), *walk.axes(call["input"])[:-1]]) for name in ("w_ih", "w_hh")]

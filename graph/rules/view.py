@@ -214,7 +214,9 @@ def pixel_unshuffle(walk: Inference, node: Node) -> Axes:
     factor = walk.store.frozen(int(node.args[1]))  # type: ignore[arg-type]
     spaces = []
     for axis in (high, wide):
-        spaces.append(walk.store.fresh(len(axis) // len(factor)) if axis.any() else walk.frozen([len(axis) // len(factor)])[0])
+        spaces.append(
+            walk.store.fresh(len(axis) // len(factor)) if axis.any() else walk.frozen([len(axis) // len(factor)])[0]
+        )
         walk.unify(node, axis, walk.store.grid([spaces[-1], factor]))
     return (*lead, walk.store.grid([channel, factor, factor]), *spaces)
 

@@ -1,0 +1,205 @@
+"""The models of the sweeps: every torchvision model, one per timm module file, Hugging Face families, smp.
+
+Each case is a name that `build` turns into (model, example inputs). Weights are random: pretrained ones cannot be
+had offline, and structure does not depend on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+BATCH = 2
+
+SMALL = ("atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "tiny", "_t", "_xs", "mini", "small", "_s", "_b0", "_0", "18", "base")  # fmt: skip
+
+
+@contextlib.contextmanager
+def quick_initialisation() -> Iterator[None]:
+    """Leave truncated normals and the like out: they take longer than everything else together."""
+    names = ("trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_", "orthogonal_")
+    kept = {name: getattr(nn.init, name) for name in names}
+
+    def normal(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
+            return tensor.normal_(0, max(fan_in, 1) ** -0.5)
+
+    try:
+        for name in names:
+            setattr(nn.init, name, normal)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(nn.init, name, function)
+
+
+def cases(sources: list[str]) -> list[str]:
+    """Names of all cases of some sources: torchvision, timm, hf, smp, yolo."""
+    found: list[str] = []
+    for source in sources:
+        found.extend(f"{source}:{name}" for name in _SOURCES[source]())
+    return found
+
+
+def build(case: str) -> tuple[nn.Module, Any]:
+    """(model in eval mode, example inputs) of one case; the same each time."""
+    source, _, name = case.partition(":")
+    torch.manual_seed(0)
+    with quick_initialisation():
+        model, inputs = _BUILDERS[source](name)
+    _wake(model)
+    return model.eval(), inputs
+
+
+def _wake(model: nn.Module) -> None:
+    """Random running statistics and affine parameters, so that no channel is zero or alike."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+
+
+# -- torchvision --------------------------------------------------------------------------------------
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    return [name for name in torchvision.models.list_models() if not name.startswith("quantized_")]
+
+
+def _torchvision(name: str) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    options: dict[str, Any] = {"weights": None}
+    module = torchvision.models.get_model_builder(name).__module__
+    if "segmentation" in module or "detection" in module:
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    model = torchvision.models.get_model(name, **options)
+    if "detection" in module:
+        return DenseDetector(model), torch.randn(BATCH, 3, 320, 320)
+    if "optical_flow" in module:
+        return model, (torch.randn(BATCH, 3, 128, 128), torch.randn(BATCH, 3, 128, 128))
+    if "video" in module:
+        side = 224 if "mvit" in name or "swin" in name or "s3d" in name else 112
+        return model, torch.randn(BATCH, 3, 16, side, side)
+    side = {"inception_v3": 299}.get(name, 256 if "swin_v2" in name else 224)
+    return model, torch.randn(BATCH, 3, side, side)
+
+
+class DenseDetector(nn.Module):
+    """The dense part of a torchvision detector: backbone and first-stage heads, post-processing left outside."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.head = model.rpn.head if hasattr(model, "rpn") else model.head
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """[N, 3, H, W] to the raw outputs of the heads."""
+        features = self.backbone(images)
+        features = [features] if isinstance(features, torch.Tensor) else list(features.values())
+        return self.head(features)
+
+
+# -- timm ---------------------------------------------------------------------------------------------
+
+
+def _timm_names() -> list[str]:
+    import timm
+
+    chosen = []
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        if names:
+            chosen.append(min(names, key=_size_hint))
+    return sorted(set(chosen))
+
+
+def _size_hint(name: str) -> tuple[int, int, str]:
+    rank = next((i for i, part in enumerate(SMALL) if part in name), len(SMALL))
+    huge = any(part in name for part in ("large", "huge", "giant", "so400m", "_xl"))
+    return (int(huge), rank, name)
+
+
+def _timm(name: str) -> tuple[nn.Module, Any]:
+    import timm
+
+    model = timm.create_model(name, pretrained=False)
+    size = model.default_cfg.get("input_size", (3, 224, 224))
+    if model.default_cfg.get("fixed_input_size") is False and size[-1] > 256:
+        size = (3, 224, 224)
+    return model, torch.randn(BATCH, *size)
+
+
+# -- Hugging Face -------------------------------------------------------------------------------------
+
+_HF: dict[str, dict[str, Any]] = {
+    **{name: {} for name in (
+        "bert", "roberta", "distilbert", "deberta-v2", "albert", "electra", "camembert", "xlm-roberta", "mpnet",
+        "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "llama", "qwen2", "qwen3", "mistral", "mixtral",
+        "gemma", "gemma2", "phi", "phi3", "stablelm", "starcoder2", "olmo", "granite", "cohere", "mamba", "mamba2",
+        "t5", "bart", "mbart", "pegasus", "marian", "m2m_100",
+        "vit", "deit", "beit", "swin", "swinv2", "convnext", "convnextv2", "segformer", "resnet", "regnet", "poolformer",
+        "mobilenet_v1", "mobilenet_v2", "mobilevit", "levit", "dinov2", "efficientnet", "focalnet", "detr",
+        "clip", "siglip", "whisper", "wav2vec2", "hubert",
+    )},
+}  # fmt: skip
+
+
+def _hf_names() -> list[str]:
+    return sorted(_HF)
+
+
+def _hf(name: str) -> tuple[nn.Module, Any]:
+    from bench import hf
+
+    return hf.build(name)
+
+
+# -- segmentation_models_pytorch and an Ultralytics-style detector ------------------------------------
+
+
+def _smp_names() -> list[str]:
+    return [
+        "Unet/resnet18", "UnetPlusPlus/resnet18", "FPN/resnet18", "PSPNet/resnet18", "DeepLabV3/resnet18",
+        "DeepLabV3Plus/resnet18", "PAN/resnet18", "Linknet/resnet18", "MAnet/resnet18", "Unet/efficientnet-b0",
+        "DeepLabV3Plus/mobilenet_v2", "Segformer/mit_b0", "UPerNet/resnet18",
+    ]  # fmt: skip
+
+
+def _smp(name: str) -> tuple[nn.Module, Any]:
+    import segmentation_models_pytorch as smp
+
+    decoder, _, encoder = name.partition("/")
+    kind: Callable[..., nn.Module] = getattr(smp, decoder)
+    return kind(encoder_name=encoder, encoder_weights=None, classes=3), torch.randn(BATCH, 3, 128, 128)
+
+
+def _yolo(_name: str) -> tuple[nn.Module, Any]:
+    from bench.yolo import Detector
+
+    return Detector(), torch.randn(BATCH, 3, 160, 160)
+
+
+def safe_name(case: str) -> str:
+    """A case's name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", case)
+
+
+_SOURCES: dict[str, Callable[[], list[str]]] = {
+    "torchvision": _torchvision_names, "timm": _timm_names, "hf": _hf_names, "smp": _smp_names, "yolo": lambda: ["v8n"],
+}  # fmt: skip
+_BUILDERS: dict[str, Callable[[str], tuple[nn.Module, Any]]] = {
+    "torchvision": _torchvision, "timm": _timm, "hf": _hf, "smp": _smp, "yolo": _yolo,
+}  # fmt: skip
