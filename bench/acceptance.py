@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 import slimc
 from bench import networks, page
 from bench.checks import counted_macs, never_removable, normalisations_after_convolutions, one_more_step, parity_error
+from slimc.exporters import machine
 
 BUDGETS = (0.7, 0.4, 0.15)
 SECONDS = 90.0
@@ -39,7 +40,8 @@ class Row:
     """One compression and what was found wrong with it; MACs are of one sample, counted here and not by slimc.
 
     asked: share of the MACs that may stay; `unreachable` tells that `budget` was too low and the smallest was asked.
-    seconds: of the compression, `export_seconds` of writing the folder with the ONNX file (None: not written).
+    seconds: of the compression, `export_seconds` of writing the folder with the ONNX file (None: not written);
+    load: processes that wanted a core in the last minute, this one included.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Row:
     eager: bool = False
     one_more_step: str | None = None
     speedup: tuple[float, float, float] | None = None
+    load: float | None = None
     stages: dict[str, float | None] = field(default_factory=dict)
     error: str | None = None
     failures: tuple[str, ...] = ()
@@ -138,7 +141,7 @@ def _checked(
         name, budget, round_to, asked, unreachable, before, after, slim.report.macs.after, slim.report.method.round_to,
         proof.max_relative_error if proof else math.nan, seconds, export_seconds, parity, after_convolution,
         len(slim.report.frozen) + len(loose), slim.module is not slim.graph and slim.plan.attributes is not None,
-        step, speedup, dict(slim.report.seconds),
+        step, speedup, machine.load_average(), dict(slim.report.seconds),
     )  # fmt: skip
     return replace(row, failures=tuple(_failures(row, slim.report.macs.before)))
 
@@ -176,10 +179,11 @@ def render(rows: Sequence[Row], path: Path, notes: Sequence[str]) -> None:
         "MACs equal those counted. *BN*: batch normalisations after a convolution in the ONNX file. *frozen*: "
         "parameters that no cut can shrink, and operators that block one, besides inputs and outputs. *class*: the "
         "result is the model's own class (else the graph as a module). Errors are relative to the largest output. "
-        f"*s*: seconds of compression and of writing everything; at most {SECONDS:g} in all."
+        f"*s*: seconds of compression and of writing everything; at most {SECONDS:g} in all. "
+        "*load*: processes that wanted one of the cores meanwhile."
     )
     columns = ("model", "round to", "asked", "left", "gap %", "align", "step", "predicted", "verify error",
-               "parity error", "BN", "frozen", "class", "s", "verdict")  # fmt: skip
+               "parity error", "BN", "frozen", "class", "s", "load", "verdict")  # fmt: skip
     body = page.table(columns, [_cells(row) for row in rows])
     speed = [row for row in rows if row.speedup]
     extra = []
@@ -193,7 +197,7 @@ def render(rows: Sequence[Row], path: Path, notes: Sequence[str]) -> None:
 
 def _cells(row: Row) -> list[str]:
     if row.error is not None:
-        return [row.model, row.round_to, f"{row.budget:g}", *[""] * 11, "error"]
+        return [row.model, row.round_to, f"{row.budget:g}", *[""] * 12, "**fails**"]
     got = row.macs_after / row.macs_before
     seconds = f"{row.seconds:.1f}" + (f" + {row.export_seconds:.1f}" if row.export_seconds is not None else "")
     return [
@@ -202,7 +206,8 @@ def _cells(row: Row) -> list[str]:
         _yes(row.predicted_after == row.macs_after), f"{row.verification_error:.1e}",
         "" if row.parity_error is None else f"{row.parity_error:.1e}",
         "" if row.normalisations_after_convolutions is None else str(row.normalisations_after_convolutions),
-        str(row.frozen), _yes(row.eager), seconds, "**fails**" if row.failures else "holds",
+        str(row.frozen), _yes(row.eager), seconds, "" if row.load is None else f"{row.load:.1f}",
+        "**fails**" if row.failures else "holds",
     ]  # fmt: skip
 
 
@@ -220,10 +225,13 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = out.read_text(encoding="utf-8").splitlines() if options.resume and out.exists() else []
     rows = [_row(json.loads(line)) for line in lines]
+    if options.retry:
+        rows = [row for row in rows if not row.failures]
     done = {row.key for row in rows}
     # Every network at one budget first, so that a fault shows early.
     work = [(n, b, r) for r in options.round_to for b in options.budgets for n in options.models]
-    with out.open("a" if options.resume else "w", encoding="utf-8") as file:
+    with out.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
         for name, budget, round_to in work:
             if (name, budget, round_to) in done:
                 continue
@@ -258,6 +266,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--latency", action="store_true", help="also measure the ONNX files, where they are written")
     parser.add_argument("--all-onnx", action="store_true", help="write ONNX for every row, not only auto and 0.4")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
+    parser.add_argument("--retry", action="store_true", help="with --resume: run rows again that did not hold")
     parser.add_argument("--out", type=Path, default=page.RESULTS / "acceptance.jsonl", metavar="FILE")
     return parser.parse_args()
 

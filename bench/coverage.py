@@ -9,12 +9,15 @@ they finish; docs/coverage.md is rendered from them.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import contextlib
 import json
+import multiprocessing
+import os
 import resource
-import subprocess
-import sys
+import tempfile
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +32,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="skip cases that have a row")
     parser.add_argument("--retry", action="store_true", help="with --resume: run failed cases again")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        print("ROW " + json.dumps(measure(options.child)))
-        return
     from bench.cases import cases
 
     done = {row["case"] for row in rows() if not (options.retry and row.get("error"))} if options.resume else set()
     wanted = [case for case in cases(options.sources) if options.only in case and case not in done]
     print(f"{len(wanted)} models, {options.jobs} at a time")
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(in_child, wanted):
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(line(row), flush=True)
+    for row in in_children(wanted, options.jobs):
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(line(row), flush=True)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -54,26 +52,55 @@ def rows() -> list[dict[str, Any]]:
     return list({row["case"]: row for row in found}.values())
 
 
-def in_child(case: str) -> dict[str, Any]:
-    start = time.perf_counter()
-    command = [sys.executable, "-W", "ignore", "-m", "bench.coverage", "--child", case]
+def in_children(wanted: list[str], jobs: int) -> Iterator[dict[str, Any]]:
+    """A row per case, each from a process forked off this one, so that imports are paid for once."""
+    import slimc.compiler  # noqa: F401
+    import slimc.exporters.formats.onnx  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(wanted), dict[str, tuple[Any, Any, float]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            case = waiting.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_send, args=(theirs, case))
+            process.start()
+            theirs.close()
+            running[case] = (process, ours, time.perf_counter())
+        for case, (process, ours, start) in list(running.items()):
+            seconds = time.perf_counter() - start
+            if ours.poll(0.1):
+                yield _receive(ours, process, case, seconds)
+            elif seconds > LIMIT_SECONDS:
+                process.kill()
+                yield {"case": case, "error": f"took more than {LIMIT_SECONDS} s", "seconds": LIMIT_SECONDS}
+            else:
+                continue
+            process.join()
+            del running[case]
+
+
+def _send(pipe: Any, case: str) -> None:
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            pipe.send(measure(case))
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            pipe.send({"case": case, "error": f"build: {type(error).__name__}: {text}", "seconds": 0.0})
+
+
+def _receive(pipe: Any, process: Any, case: str, seconds: float) -> dict[str, Any]:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"case": case, "error": f"took more than {LIMIT_SECONDS} s", "seconds": LIMIT_SECONDS}
-    for text in run.stdout.splitlines():
-        if text.startswith("ROW "):
-            row: dict[str, Any] = json.loads(text[4:])
-            return row
-    seconds = round(time.perf_counter() - start, 1)
-    last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-    return {"case": case, "error": f"ended with {run.returncode}: {last[:300]}", "seconds": seconds}
+        row: dict[str, Any] = pipe.recv()
+    except EOFError:
+        process.join()
+        row = {"case": case, "error": f"ended with {process.exitcode}", "seconds": round(seconds, 1)}
+    return row
 
 
 def measure(case: str) -> dict[str, Any]:
     """One model through the public interface; stops at the first stage that fails and says which."""
-    import tempfile
-
     import torch
 
     import slimc
@@ -85,32 +112,33 @@ def measure(case: str) -> dict[str, Any]:
     own = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     start = time.perf_counter()
-    stage = ["analyse"]
+    stage = "compress"
     try:
-        graph = slimc.inspect(model, inputs)
-        names = {member.tensor for group in graph.groups for member in group.members}
-        sizes = dict(model.named_parameters())
-        row["params"] = graph.params
-        row["prunable"] = sum(sizes[n].numel() for n in names if n in sizes) / max(1, graph.params)
-        row["frozen"] = sorted({f"{cause.op}: {cause.reason}" for cause in graph.frozen})
-        row["dynamic_batch"] = graph.captured.dynamic_shapes is not None
-        stage[0] = "compress"
         slim = slimc.compress(model, inputs, flops=0.5, round_to=1)
-        row["got"] = slim.report.targets["flops"].got
-        proof = slim.report.verification
-        assert proof is not None
-        row["verified"], row["moved"] = proof.max_relative_error, proof.moved
-        row["eager"] = slim.module is not slim.graph
-        row["stages"] = {k: round(v, 3) for k, v in slim.report.seconds.items() if v is not None}
-        stage[0] = "onnx"
+        _describe(row, slim, model)
+        stage = "onnx"
         with tempfile.TemporaryDirectory() as folder:
-            file = slim.export_onnx(Path(folder) / "model.onnx")
-        row["onnx"] = file.max_relative_error
+            row["onnx"] = slim.export_onnx(Path(folder) / "model.onnx").max_relative_error
     except Exception as error:
-        row["error"] = f"{stage[0]}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        row["error"] = f"{stage}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["memory_ratio"] = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / max(1, own), 1)
     return row
+
+
+def _describe(row: dict[str, Any], slim: Any, model: Any) -> None:
+    graph, report = slim.analysis, slim.report
+    names = {member.tensor for group in graph.groups for member in group.members}
+    sizes = dict(model.named_parameters())
+    row["params"] = graph.params
+    row["prunable"] = sum(sizes[n].numel() for n in names if n in sizes) / max(1, graph.params)
+    row["frozen"] = sorted({f"{cause.op}: {cause.reason}" for cause in graph.frozen})
+    row["dynamic_batch"] = graph.captured.dynamic_shapes is not None
+    row["got"] = report.targets["flops"].got
+    row["verified"], row["moved"] = report.verification.max_relative_error, report.verification.moved
+    row["eager"] = slim.plan.attributes is not None
+    row["eager_note"] = slim.plan.attributes_note
+    row["stages"] = {k: round(v, 3) for k, v in report.seconds.items() if v is not None}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -42,13 +42,17 @@ OWN: dict[str, dict[str, Any]] = {
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
     "mobilenet_v1": {}, "mobilenet_v2": {},
     "detr": {"use_timm_backbone": False, "use_pretrained_backbone": False, "num_queries": 8, "backbone_config": "resnet"},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "hidden_size": 64, "expand": 2, "n_groups": 2, "chunk_size": 4},
+    "mamba": {"conv_kernel": 4},
+    "mamba2": {"conv_kernel": 4, "num_heads": 8, "head_dim": 16, "hidden_size": 64, "expand": 2, "n_groups": 2, "chunk_size": 4},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "dinov2": {"patch_size": 8}, "beit": {"patch_size": 8},
     "gemma2": {"query_pre_attn_scalar": 16}, "falcon": {"num_kv_heads": 4},
     "stablelm": {"num_key_value_heads": 4}, "gptj": {"rotary_dim": 8}, "phi": {"num_key_value_heads": 4},
 }  # fmt: skip
 SEQ2SEQ = {"t5", "bart", "mbart", "pegasus", "marian", "m2m_100"}
+ENCODERS = {
+    "bert", "roberta", "distilbert", "deberta-v2", "albert", "electra", "camembert", "xlm-roberta", "mpnet",
+}  # fmt: skip
 VISION = {
     "vit", "deit", "beit", "swin", "swinv2", "convnext", "convnextv2", "segformer", "resnet", "regnet", "poolformer",
     "mobilenet_v1", "mobilenet_v2", "mobilevit", "levit", "dinov2", "efficientnet", "focalnet",
@@ -61,17 +65,30 @@ CAUSAL = {
 
 def build(name: str) -> tuple[nn.Module, Any]:
     """(model, inputs by name) of one family."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+        DeiTForImageClassification,
+        LevitForImageClassification,
+    )
 
     config = _config(name)
     if name in VISION:
-        model = AutoModelForImageClassification.from_config(config)
+        # Two classes serve these families, and the automatic choice cannot tell which is meant.
+        named = {"deit": DeiTForImageClassification, "levit": LevitForImageClassification}
+        model = (
+            named[name]._from_config(config) if name in named else AutoModelForImageClassification.from_config(config)
+        )
         side = getattr(config, "image_size", SIDE) or SIDE
         side = side if isinstance(side, int) else side[0]
         return model, {"pixel_values": torch.randn(BATCH, 3, min(side, 224), min(side, 224))}
     if name in CAUSAL:
         return AutoModelForCausalLM.from_config(config), {"input_ids": _tokens()}
-    model = AutoModel.from_config(config)
+    # With a head, as models are deployed: the last hidden state of a bare encoder is an output, so it cannot shrink.
+    kinds = AutoModelForSequenceClassification if name in ENCODERS else AutoModel
+    model = kinds.from_config(config)
     return model, _inputs(name, config)
 
 

@@ -9,6 +9,7 @@ is captured with the example's shapes and `Captured.batch_note` says why.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,11 +118,49 @@ def _export(model: nn.Module, example: Example, spec: Any | None) -> torch.expor
 def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any | None) -> Captured:
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
+    inline_regions(module)
     is_open = any(_is_open(node) for node in module.graph.nodes)
     note = None if spec is None or is_open else "the model's operators fix the batch size"
     batch = batch_of(example)
     constants = frozenset(program.graph_signature.lifted_tensor_constants)
     return Captured(module, example, spec if is_open else None, batch, note, constants)
+
+
+def inline_regions(module: GraphModule) -> None:
+    """Put regions that only switch gradients, or switch autocast off, in line: at inference they are no-ops."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or (region := _region(module, node)) is None:
+            continue
+        inner, operands = region
+        inputs = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        mapping: dict[Node, Node] = dict(zip(inputs, operands, strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(inner.graph, mapping)
+        if isinstance(results, Node):
+            node.replace_all_uses_with(results)
+        else:
+            assert isinstance(results, (tuple, list))
+            for user in list(node.users):
+                user.replace_all_uses_with(results[user.args[1]])
+                module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(lambda n: n.op not in ("get_attr",))
+    module.recompile()
+
+
+def _region(module: GraphModule, node: Node) -> tuple[GraphModule, Sequence[Any]] | None:
+    """The graph inside a region and its operands; None for every other node."""
+    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        _, inner, *operands = node.args
+    elif node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is False:
+        *_, inner, _ = [*node.args[:5], None]
+        operands = list(node.args[5:])
+    else:
+        return None
+    assert isinstance(inner, Node)
+    found = module.get_submodule(str(inner.target))
+    assert isinstance(found, GraphModule)
+    return found, operands
 
 
 def _is_open(node: Node) -> bool:
@@ -224,6 +263,9 @@ def _check_devices(model: nn.Module, example: Example) -> None:
             )
 
 
+_NOT_THE_USERS = tuple(f"{os.path.dirname(os.path.abspath(source))}{os.sep}" for source in (torch.__file__, __file__))
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
@@ -235,7 +277,7 @@ def _explain(model: nn.Module, error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "/slimc/" not in name and not name.startswith("<"):
+        if not name.startswith(("<", *_NOT_THE_USERS)):
             owner = trace.tb_frame.f_locals.get("self")
             kind = f"{type(owner).__name__} at " if isinstance(owner, nn.Module) else ""
             where = f" in {kind}{name}:{trace.tb_lineno}"

@@ -72,7 +72,8 @@ class Model:
     def sizes(self, widths: Widths) -> npt.NDArray[np.float64]:
         """The size of every distinct axis."""
         extended = np.append(widths, 1).astype(np.float64)
-        return np.bincount(self._axis, self._coefficient * extended[self._groups].prod(axis=1), self._count)
+        parts: npt.NDArray[np.float64] = self._coefficient * extended[self._groups].prod(axis=1)
+        return np.bincount(self._axis, parts, self._count).astype(np.float64)
 
     def _monomials(self, grouping: Grouping) -> None:
         flat = [(i, c, groups) for i, axis in enumerate(grouping.axes) for c, groups in axis.terms]

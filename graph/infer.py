@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ def infer(captured: Captured) -> Types:
         captured,
         walk.values,
         walk.tensors,
-        {name: tuple(names) for name, names in walk.aliases.items() if len(names) > 1},
+        {name: tuple(walk.aliases[name]) for name in walk.tensors if len(walk.aliases.get(name, ())) > 1},
         tuple(walk.renormalising),
         tuple(walk.macs),
         tuple(walk.unknown),
@@ -67,11 +67,15 @@ class Inference:
         self.store = Store()
         self.values: dict[Node, Value] = {}
         self.tensors: dict[str, Axes] = {}
+        # Tied weights reach the graph under one of their names; the model's order says which one is theirs.
         self.aliases: dict[str, list[str]] = {}
+        self._name_of: dict[int, str] = {}
+        for name, tensor in _named_tensors(captured.module):
+            first = self._name_of.setdefault(id(tensor), name)
+            self.aliases.setdefault(first, []).append(name)
         self.renormalising: list[tuple[Node, Terms]] = []
         self.macs: list[tuple[float, tuple[Terms, ...]]] = []
         self.unknown: list[Cause] = []
-        self._name_of: dict[int, str] = {}
 
     # -- what rules ask -------------------------------------------------------------------------------
 
@@ -148,11 +152,7 @@ class Inference:
         tensor = attribute(self.module, name)
         if not isinstance(tensor, Tensor):
             return None
-        # Tied weights reach the graph under several names; one tensor has one set of axes.
         first = self._name_of.setdefault(id(tensor), name)
-        self.aliases.setdefault(first, [])
-        if name not in self.aliases[first]:
-            self.aliases[first].append(name)
         if first not in self.tensors:
             self.tensors[first] = self._own_axes(first, tensor)
         return self.tensors[first]
@@ -188,15 +188,20 @@ class Inference:
         return None
 
     def _unknown(self, node: Node) -> Value:
-        cause = self.cause(node, "no rule for this operator, so its channels are left alone", "unknown")
-        self.unknown.append(cause)
-        self._freeze_all(node, cause.reason, "unknown")
+        if self._holds_channels(node):  # else nothing is lost, as with masks and positions
+            cause = self.cause(node, "no rule for this operator, so its channels are left alone", "unknown")
+            self.unknown.append(cause)
+            self._freeze_all(node, cause.reason, "unknown")
         value = node.meta["val"]
         if isinstance(value, Tensor):
             return self.frozen(self.out_shape(node))
         return tuple(
             self.frozen([hint(size) for size in item.shape]) if isinstance(item, Tensor) else None for item in value
         )
+
+    def _holds_channels(self, node: Node) -> bool:
+        sources = (axes for source in node.all_input_nodes for axes in tensors_of(self.values[source]))
+        return any(axis.any() and not self.store.is_frozen(axis).all() for axes in sources for axis in axes)
 
     def _freeze_all(self, node: Node, reason: str, kind: str) -> None:
         for source in node.all_input_nodes:
@@ -229,6 +234,11 @@ def attribute(module: nn.Module, name: str) -> Any:
     """The parameter, buffer or constant of that fully qualified name."""
     owner, _, last = name.rpartition(".")
     return getattr(module.get_submodule(owner), last)
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _is_tensor(value: Any) -> bool:

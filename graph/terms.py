@@ -134,7 +134,8 @@ class Store:
 
     def is_frozen(self, terms: Terms) -> npt.NDArray[np.bool_]:
         """Which terms are frozen themselves; a product of frozen factors shows only in the solution."""
-        return self._cause[self.find(terms)] != _LIVE
+        frozen: npt.NDArray[np.bool_] = self._cause[self.find(terms)] != _LIVE
+        return frozen
 
     def cause(self, term: int) -> Cause:
         """Why one frozen term is frozen."""
@@ -222,7 +223,8 @@ class Store:
         return pairs
 
     def _factors_of(self, products: Terms, arity: int) -> Terms:
-        return self._factors[self._offset[products][:, None] + np.arange(arity)]
+        factors: Terms = self._factors[self._offset[products][:, None] + np.arange(arity)]
+        return factors
 
     def _flat(self, product: int, depth: int = 0) -> Terms:
         """The live, unbound roots of a product, in order."""
@@ -245,7 +247,21 @@ class Store:
             if solution is not None:
                 return solution
 
+    def _release(self) -> None:
+        """Unbind roots whose product is themselves times what stays: that says nothing (rotary embeddings do it)."""
+        bound = np.flatnonzero(self._binding[: self._count] >= 0)
+        bound = bound[(self._parent[bound] == bound) & (self._cause[bound] == _LIVE)]
+        products = self._binding[bound]
+        for arity in np.unique(self._arity[products]):
+            chosen = self._arity[products] == arity
+            roots = bound[chosen]
+            factors = self.find(self._factors_of(products[chosen], int(arity)).ravel()).reshape(-1, int(arity))
+            itself = factors == roots[:, None]
+            trivial = (itself | (self._cause[factors] != _LIVE)).all(axis=1) & itself.any(axis=1)
+            self._binding[roots[trivial]] = _UNBOUND
+
     def _resolve(self) -> Solution | None:
+        self._release()
         everything = np.arange(self._count)
         roots = self.find(everything)
         is_root = roots == everything
@@ -307,9 +323,8 @@ def _squeeze(rows: Terms) -> Terms:
     rows = -np.sort(-rows, axis=1)
     rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
     rows = -np.sort(-rows, axis=1)
-    used = (rows >= 0).any(axis=0)
-    used[0] = True
-    return rows[:, used]
+    used = np.flatnonzero((rows >= 0).any(axis=0))
+    return rows[:, used if used.size else slice(0, 1)]
 
 
 def _room(array: Terms, needed: int, fill: int = 0) -> Terms:
@@ -343,5 +358,4 @@ class Solution:
         if not self.variables:
             return np.ones(len(axis), np.bool_)
         factors = self.factors(axis)
-        kept: npt.NDArray[np.bool_] = (alive[factors] | (factors < 0)).all(axis=1)
-        return kept
+        return np.asarray((alive[factors] | (factors < 0)).all(axis=1), np.bool_)

@@ -128,6 +128,8 @@ def analyse(
     model: nn.Module, example_inputs: Any, stages: Stages | None = None, device: str | torch.device | None = None
 ) -> Analysis:
     """Capture a copy of a model and infer its channels; the model itself is left as it is."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"wanted an nn.Module, got {type(model).__name__}")
     stages = stages or Stages(None)
     example = Example.of(example_inputs).map(Tensor.detach)
     with torch.random.fork_rng():
@@ -145,8 +147,6 @@ def analyse(
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"wanted an nn.Module, got {type(model).__name__}")
     try:
         return copy.deepcopy(model)
     except Exception as error:

@@ -81,8 +81,11 @@ def compress(
     before = analysis.full
     limits = {}
     for target in targets:
-        limits[target.metric] = target.limit(getattr(before, planner.METRIC[target.metric]))
-        stages.target(budget.describe(target, getattr(before, planner.METRIC[target.metric])))
+        whole = getattr(before, planner.METRIC[target.metric])
+        if not whole:
+            raise UsageError(f"--{target.metric} {target.text}: the model has no {budget.METRICS[target.metric]}")
+        limits[target.metric] = target.limit(whole)
+        stages.target(budget.describe(target, whole))
     with stages.stage("score"):
         subject = scores.Subject(analysis.types, analysis.grouping, norm, seed)
         ranked = scores.normalise(method.score(subject))

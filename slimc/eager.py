@@ -66,7 +66,8 @@ def set_attributes(module: nn.Module, attributes: Attributes) -> None:
 
 
 def _names(types: Types) -> list[str]:
-    return [alias for name in types.tensors for alias in types.aliases.get(name, (name,))]
+    own = (name for name in types.tensors if name not in types.captured.constants)
+    return [alias for name in own for alias in types.aliases.get(name, (name,))]
 
 
 def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ _KINDS = {
     "int": torch.int64, "long": torch.int64, "int32": torch.int32, "bool": torch.bool,
 }  # fmt: skip
 _BATCH = 2
+_MOST = 2**31
 
 
 def example_inputs(given: Sequence[str], known: tuple[int, ...] | None, seed: int) -> Example:
@@ -60,6 +62,8 @@ def _tensor(text: str, generator: torch.Generator) -> Tensor:
         raise UsageError(f"--input {text}: every size must be at least 1")
     if len(sizes) > 1 and sizes[0] == 1:
         sizes[0] = _BATCH
+    if math.prod(sizes) > _MOST:
+        raise UsageError(f"--input {text}: {math.prod(sizes):.3g} numbers are too large an example")
     if kind.is_floating_point:
         return torch.randn(sizes, generator=generator).to(kind)
     return torch.randint(0, 2, sizes, generator=generator).to(kind)

@@ -82,7 +82,7 @@ class Compressed:
     def recover(self, name: str, data: Iterable[Any]) -> None:
         """Fit the kept weights again by one step of `slimc methods`, on batches of inputs; labels are not needed."""
         self.synchronise()
-        with self.stages.stage("recover"):
+        with self.stages.stage("recover"), evaluating(self.graph):
             detail = recover.find(name).run(self.graph, examples(data, self.analysis.captured.example))
         self.note_recovery(name, detail)
 

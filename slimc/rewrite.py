@@ -25,12 +25,15 @@ def rewrite(types: Types, cut: Cut) -> Rewritten:
     The original graph and its tensors are left as they are.
     """
     original = types.captured.module
-    root = _tree(slice_tensors(types, cut))
+    sliced = slice_tensors(types, cut)
+    root = nn.Module()
+    _register(root, sliced)
     graph = Graph()
     graph.output(graph.graph_copy(original.graph, {}))
     graph.set_codegen(original.graph._codegen)  # how arguments and results are packed
     _copy_untensored(original, graph, root)
     module = GraphModule(root, graph, class_name="SlimGraph")
+    _register(module, sliced)  # tied tensors under all their names, of which the graph reads only one
     # The output node is not part of `graph_copy`'s map; both graphs hold their nodes in the same order.
     twins = dict(zip(original.graph.nodes, module.graph.nodes, strict=True))
     work = Resizing(types, cut.alive)
@@ -61,9 +64,8 @@ def slice_tensors(types: Types, cut: Cut) -> dict[str, Tensor]:
     return sliced
 
 
-def _tree(tensors: dict[str, Tensor]) -> nn.Module:
-    """Empty modules that hold tensors under their qualified names."""
-    root = nn.Module()
+def _register(root: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put tensors under their qualified names, in empty modules where there are none."""
     for name, tensor in tensors.items():
         owner = root
         *path, last = name.split(".")
@@ -75,7 +77,6 @@ def _tree(tensors: dict[str, Tensor]) -> nn.Module:
             owner.register_parameter(last, tensor)
         else:
             owner.register_buffer(last, tensor)
-    return root
 
 
 def _copy_untensored(original: GraphModule, graph: Graph, root: nn.Module) -> None:

@@ -59,15 +59,13 @@ def verify(types: Types, cut: Cut, rewritten: Rewritten, inputs: Sequence[Exampl
     """
     dtype = torch.float64
     check = _Check(types, cut, rewritten, dtype)
-    original = types.captured.module
-    trained: Read = lambda name: attribute(original, name)  # noqa: E731
-    error = max(check.error(example, trained) for example in inputs)
+    error = max(check.error(example, check.trained) for example in inputs)
     moved, redrawn = None, False
     if not cut.alive.all():
-        moved = check.moved(inputs[0], trained)
+        moved = check.moved(inputs[0], check.trained)
         redrawn = moved < max(_TELLING * error, _SMALLEST_MOVE)
         if redrawn:
-            others = _redrawn(original, seed)
+            others = _redrawn(types.captured.module, seed)
             error, moved = max(error, check.error(inputs[0], others)), check.moved(inputs[0], others)
     return Proof(error, moved, str(dtype).removeprefix("torch."), len(inputs), redrawn)
 
@@ -95,6 +93,10 @@ class _Check:
     def __init__(self, types: Types, cut: Cut, rewritten: Rewritten, dtype: torch.dtype) -> None:
         self.types, self.cut, self.rewritten, self.dtype = types, cut, rewritten, dtype
 
+    def trained(self, name: str) -> Any:
+        """A tensor of the original as it is."""
+        return attribute(self.types.captured.module, name)
+
     def error(self, example: Example, read: Read) -> float:
         """How far the rewritten graph is from the masked original on one input; raises where that is too far."""
         leaves = pytree.tree_leaves((example.args, example.kwargs))
@@ -117,7 +119,9 @@ class _Check:
         return Plain(self.rewritten.module, self._sliced(read), self.dtype).results(leaves)
 
     def _sliced(self, read: Read) -> Read:
-        """Tensors of the rewritten graph, cut out of those that `read` gives for the original."""
+        """Tensors of the rewritten graph: its own, or those of `read` with the same cut."""
+        if read == self.trained:
+            return lambda name: attribute(self.rewritten.module, name)
         first = {alias: name for name, names in self.types.aliases.items() for alias in names}
 
         def sliced(name: str) -> Any:

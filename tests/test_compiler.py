@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimc
 from slimc import compiler
 from slimc.errors import CaptureError, PlanError, UnreachableTarget, UsageError, VerificationError
+from slimc.graph.capture import Example
+from slimc.rewrite import Rewritten, rewrite
 
 
 class ConvNet(nn.Module):
@@ -104,9 +107,7 @@ def test_the_mode_of_every_module_comes_back() -> None:
     model = seeded(ConvNet).train()
     model.get_submodule("bn2").eval()
     slim = plain(model, X, flops=0.5)
-    assert {n: m.training for n, m in slim.module.named_modules()} == {
-        n: m.training for n, m in model.named_modules()
-    }
+    assert {n: m.training for n, m in slim.module.named_modules()} == {n: m.training for n, m in model.named_modules()}
 
 
 def test_what_was_frozen_for_training_stays_frozen() -> None:
@@ -220,7 +221,7 @@ def test_tuple_and_dictionary_inputs_and_nested_outputs_keep_their_form(as_dicti
     inputs = {"image": image, "text": text} if as_dictionary else (image, text)
     slim = plain(seeded(TwoInputs), inputs, params=0.6)
     with torch.no_grad():
-        wanted, got = slim.graph(**inputs) if as_dictionary else slim.graph(*inputs), slim.module(image, text)  # type: ignore[arg-type]
+        wanted, got = Example.of(inputs).run(slim.graph), slim.module(image, text)
     assert got.keys() == {"logits", "extra"}
     torch.testing.assert_close(got["logits"], wanted["logits"])
     torch.testing.assert_close(got["extra"][0], wanted["extra"][0])
@@ -257,7 +258,7 @@ def test_a_model_without_prunable_channels_has_no_reachable_target() -> None:
 
 def test_a_model_without_operations_has_no_flops_to_cut() -> None:
     model = seeded(lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
-    with pytest.raises((UsageError, UnreachableTarget), match="flops"):
+    with pytest.raises(UsageError, match=r"--flops 0\.5: the model has no multiply-accumulates"):
         plain(model, noise(2, 4), flops=0.5)
 
 
@@ -274,10 +275,6 @@ def test_a_model_without_operations_has_no_flops_to_cut() -> None:
         ({"flops": 0.5, "recover": "bn"}, "needs --data"),
         ({"flops": 0.5, "recover": ["bn"]}, "needs --data"),
         ({"flops": 0.5, "recover": "bn", "data": []}, "--data"),
-        ({"flops": 0.5, "data": [()]}, "--data"),
-        ({"flops": 0.5, "data": [{"a": X}]}, "--data"),
-        ({"flops": 0.5, "data": [X.double()]}, "--data"),
-        ({"flops": 0.5, "data": [noise(2, 3, 4, 4)]}, "--data"),
         ({"flops": 0.5, "data": ["text"]}, "--data"),
     ],
 )
@@ -289,24 +286,38 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: s
 
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(UsageError, match=r"wanted an nn\.Module, got function"):
-        slimc.compress(lambda x: x, X, flops=0.5)  # type: ignore[arg-type]
+        slimc.compress(lambda x: x, X, flops=0.5)
 
 
-def test_a_result_that_differs_from_the_masked_original_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compiler.rewrite
-
-    def wrong(*arguments: Any) -> Any:
-        rewritten = real(*arguments)
-        bias = rewritten.module.get_parameter("conv2.bias")
+def test_a_rewritten_model_with_wrong_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flip(module: GraphModule) -> None:
         with torch.no_grad():
-            bias.copy_(bias.flip(0))
+            module.get_parameter("conv2.bias").copy_(module.get_parameter("conv2.bias").flip(0))
+
+    assert "first node that differs is conv2_bias" in _refusal_of_tampering(monkeypatch, flip)
+
+
+def test_a_rewritten_model_with_a_wrong_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def swap(module: GraphModule) -> None:
+        node = next(n for n in module.graph.nodes if n.target is torch.ops.aten.relu.default)
+        node.target = torch.ops.aten.silu.default
+        module.recompile()
+
+    assert "first node that differs is relu" in _refusal_of_tampering(monkeypatch, swap)
+
+
+def _refusal_of_tampering(monkeypatch: pytest.MonkeyPatch, tamper: Callable[[GraphModule], None]) -> str:
+    real = rewrite
+
+    def wrong(*arguments: Any) -> Rewritten:
+        rewritten = real(*arguments)
+        tamper(rewritten.module)
         return rewritten
 
     monkeypatch.setattr(compiler, "rewrite", wrong)
-    monkeypatch.setattr("slimc.verify._Check._sliced", lambda self, _read: self.rewritten.module.get_parameter)
-    with pytest.raises((VerificationError, AttributeError)) as refused:
-        plain(seeded(lambda: nn.Sequential(ConvNet()[:0]) if False else ConvNet()), X, flops=0.5)
-    assert isinstance(refused.value, VerificationError)
+    with pytest.raises(VerificationError) as refused:
+        plain(seeded(ConvNet), X, flops=0.5)
+    return str(refused.value)
 
 
 # -- another checkpoint -------------------------------------------------------------------------------
@@ -369,7 +380,7 @@ def test_re_estimated_statistics_are_those_that_torch_computes(form: str, slim: 
         n: p.detach().numpy().tobytes() for n, p in slim.module.named_parameters()
     }
     assert recovered.report.recovery is not None
-    assert [step.name for step in recovered.report.recovery] == ["bn"]
+    assert [step.method for step in recovered.report.recovery] == ["bn"]
 
 
 def test_dictionary_batches_feed_a_model_that_takes_keywords() -> None:

@@ -11,6 +11,7 @@ from slimc.graph.rule import Axes, Value, infers
 
 
 @infers("pointwise", "copy", "fill", "where", "bernoulli", "nan_to_num", "hardswish", "rrelu", "log_sigmoid", "logit")
+@infers("__and__", "__or__", "__xor__", "__lshift__", "__rshift__")
 def pointwise(walk: Inference, node: Node) -> Axes:
     """Operands align at the right; axes of one index broadcast and stay out of it."""
     return broadcast(

@@ -26,7 +26,7 @@ def index(walk: Inference, node: Node) -> Axes:
     axes, indices = walk.axes(node.args[0]), node.args[1]
     assert isinstance(indices, (list, tuple))
     used = [i for i, one in enumerate(indices) if one is not None]
-    if any(indices[i].meta["val"].dtype.is_signed is False and _is_mask(indices[i]) for i in used):
+    if any(_is_mask(indices[i]) for i in used):
         for axis in axes:
             walk.freeze(node, axis, "chosen by a mask")
         return walk.frozen(walk.out_shape(node))

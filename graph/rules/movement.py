@@ -148,7 +148,7 @@ def split_sizes(work: Resizing, old: Node, new: Node) -> None:
     dim = int(arguments(old)["dim"]) % len(axes)
     if work.whole(axes[dim]):
         return
-    sizes = [int(work.kept(piece[dim]).sum()) for piece in work.axes(old)]  # type: ignore[call-overload]
+    sizes = [int(work.kept(piece[dim]).sum()) for piece in work.axes(old)]
     new.target = aten.split_with_sizes.default
     new.args = (new.args[0], sizes, dim)
     new.kwargs = {}

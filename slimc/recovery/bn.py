@@ -67,7 +67,8 @@ def is_reestimated(node: Node) -> bool:
     if node.op != "call_function" or operator_name(node) != "batch_norm":
         return False
     call = arguments(node)
-    return call["running_mean"] is not None and not call["training"]
+    # In a graph that trains the flag is read from the module's mode; at inference it is off there too.
+    return call["running_mean"] is not None and call["training"] is not True
 
 
 @step("bn", "re-estimate batch-norm statistics on unlabelled samples", "Li et al., EagleEye, ECCV 2020, section 3.3")

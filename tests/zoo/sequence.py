@@ -97,7 +97,7 @@ class GroupedQueryByFlag(nn.Module):
 
 
 # Learned queries are read one by one by the output, so all three stay; their features are the keys'.
-@case("8: query:2 k.o", "8: v.o fc.i", inputs=features(5, 8))
+@case("8: query:2 k.o", "8: v.o fc.i", inputs=features(5, 8), own_class=False)
 class LearnedQueries(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -128,14 +128,14 @@ class TransformerLayer(nn.Module):
         return self.fc(self.layer(self.embed(x)))
 
 
-@case("~6: embed.weight:1 norm.*", "5: up.o down.i", inputs=words(7, 4))
+@case("~6: embed.weight:1 norm.* up.i down.o", "5: up.o down.i", inputs=words(9, 7))
 class RmsNormText(nn.Module):
     """The embedding is the output layer's weight too, so words stay and features are one group."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.norm = nn.Embedding(7, 6), nn.RMSNorm(6)
-        self.up, self.down, self.head = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 7, bias=False)
+        self.embed, self.norm = nn.Embedding(9, 6), nn.RMSNorm(6)
+        self.up, self.down, self.head = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 9, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,12 +147,12 @@ class RmsNormText(nn.Module):
 @case(
     "5: rnn.weight_ih_l0:0 rnn.weight_hh_l0:0 rnn.bias_ih_l0:0 rnn.bias_hh_l0:0 rnn.weight_hh_l0:1 fc.i",
     "4: embed.weight:1 rnn.weight_ih_l0:1",
-    inputs=words(7, 4),
+    inputs=words(9, 7),
 )  # fmt: skip
 class Lstm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.rnn, self.fc = nn.Embedding(7, 4), nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 2)
+        self.embed, self.rnn, self.fc = nn.Embedding(9, 4), nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.rnn(self.embed(x))[0])
@@ -168,7 +168,7 @@ class Lstm(nn.Module):
     )
     + " rnn.weight_ih_l1:1 rnn.weight_ih_l1_reverse:1 fc.i",
     "4: embed.o rnn.weight_ih_l0:1 rnn.weight_ih_l0_reverse:1",
-    inputs=features(6, 3),
+    inputs=features(7, 3),
 )  # fmt: skip
 class DeepGru(nn.Module):
     def __init__(self) -> None:
@@ -275,7 +275,7 @@ class WrittenInPlace(nn.Module):
         return self.fc(x)
 
 
-@case("4: a.o b.i", "5: b.o fc.i", inputs=features(5, 3))
+@case("4: a.o b.i", "5: b.o fc.i", inputs=features(7, 3))
 class NoGradInside(nn.Module):
     """Regions without gradients or in another precision mode are part of the graph."""
 

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from slimc.data import examples, load_arrays, open_data
+from slimc.errors import UsageError
+from slimc.graph.capture import Example
+
+X, Y, LABELS = torch.arange(12.0).view(4, 3), torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
+ONE = Example((X,), {})
+TWO = Example((X, Y), {})
+NAMED = Example((), {"left": X, "right": Y})
+
+
+def only(batch: Any, like: Example) -> Example:
+    (example,) = examples([batch], like)
+    return example
+
+
+@pytest.mark.parametrize("batch", [X, (X,), [X], (X, LABELS), [X, LABELS], (X, LABELS, "name")])
+def test_a_batch_gives_the_input_of_a_model_with_one(batch: Any) -> None:
+    example = only(batch, ONE)
+    assert len(example.args) == 1
+    assert torch.equal(example.args[0], X)
+    assert not example.kwargs
+
+
+@pytest.mark.parametrize("batch", [(X, Y), (X, Y, LABELS), [X, Y, LABELS]])
+def test_a_batch_gives_the_first_inputs_of_a_model_with_several(batch: Any) -> None:
+    example = only(batch, TWO)
+    assert [t.shape for t in example.args] == [X.shape, Y.shape]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [{"left": X, "right": Y}, {"labels": LABELS, "right": Y, "left": X}, ({"right": Y, "left": X}, LABELS)],
+)
+def test_a_dictionary_gives_the_arguments_in_the_models_order(batch: Any) -> None:
+    example = only(batch, NAMED)
+    assert list(example.kwargs) == ["left", "right"]
+    assert all(torch.equal(a, b) for a, b in zip(example.tensors(), (X, Y), strict=True))
+
+
+def test_what_is_no_tensor_in_the_example_need_not_be_in_a_batch() -> None:
+    assert only(X, Example((X, None, True), {})).args[1:] == (None, True)
+    assert only({"x": X}, Example((), {"x": X, "cache": False})).kwargs["cache"] is False
+
+
+@pytest.mark.parametrize(
+    ("batch", "like", "said"),
+    [
+        ((), ONE, "a tuple of 0; wanted a tensor or (inputs, targets)"),
+        ("text", ONE, "a str; wanted a tensor"),
+        (3, ONE, "a int"),
+        ({"left": X}, ONE, "a dict; wanted a tensor"),
+        (X, TWO, "a tuple of 1; wanted a tuple of 2 inputs"),
+        ({"left": X, "labels": LABELS}, NAMED, "lacks right; it has left, labels"),
+        ({}, NAMED, "lacks left, right; it has nothing"),
+        (X, NAMED, "wanted a dictionary with left, right"),
+        (X.double(), ONE, "float64 [N, 3]; the example input is float32 [N, 3]"),
+        (X.view(4, 1, 3), ONE, "float32 [N, 1, 3]; the example input is float32 [N, 3]"),
+        ((Y, X), TWO, "float32 [N, 2]; float32 [N, 3]; the example input is"),
+        (("text", LABELS), ONE, "the example input is"),
+    ],
+)  # fmt: skip
+def test_a_batch_with_other_inputs_is_refused_with_what_it_holds(batch: Any, like: Example, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        only(batch, like)
+    assert str(refused.value).startswith("a batch of --data ")
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(1, 1), (4, 1), (5, 2), (8, 2), (100, 3)])
+def test_batches_are_read_until_there_are_samples_enough(limit: int, batches: int) -> None:
+    read = []
+
+    def three() -> Iterator[Tensor]:
+        for number in range(3):
+            read.append(number)
+            yield X
+
+    assert len(list(examples(three(), ONE, limit))) == batches
+    assert len(read) == batches
+
+
+def test_a_data_loader_is_taken_as_it_is() -> None:
+    loader = DataLoader(TensorDataset(X, LABELS), batch_size=3)
+    assert [len(example.tensors()[0]) for example in examples(loader, ONE)] == [3, 1]
+
+
+# -- from the command line ----------------------------------------------------------------------------
+
+
+def test_an_npz_file_is_read_in_batches_of_all_its_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.arange(10.0).reshape(5, 2), y=np.arange(5))
+    batches = list(open_data(f"npz:{tmp_path / 'data.npz'}", batch_size=2))
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+    assert [len(batch[0]) for batch in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([batch[0] for batch in batches]), torch.arange(10.0).view(5, 2))
+    assert batches[0][0].dtype == torch.float32
+    assert batches[0][1].dtype == torch.int64
+
+
+def test_an_npy_file_holds_the_only_input(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((2, 3), np.float32))
+    assert {name: tuple(t.shape) for name, t in load_arrays(tmp_path / "x.npy").items()} == {"input": (2, 3)}
+
+
+def test_files_that_hold_no_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "none.npz")
+    np.savez(tmp_path / "ragged.npz", x=np.ones((3, 2)), y=np.ones(4))
+    np.savez(tmp_path / "scalar.npz", x=np.float32(1))
+    np.savez(tmp_path / "texts.npz", x=np.array(["a", "b"]))
+    np.savez(tmp_path / "half.npz", x=np.ones((2, 2)), y=np.ones(2))
+    whole = (tmp_path / "half.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("missing", "text", "none", "ragged", "scalar", "texts", "half"):
+        with pytest.raises(UsageError, match=rf"{name}\.npz"):
+            open_data(f"npz:{tmp_path / name}.npz")
+    with pytest.raises(UsageError, match=r"empty\.npy"):
+        load_arrays(tmp_path / "empty.npy")
+
+
+def test_pickled_objects_in_arrays_are_not_unpickled(tmp_path: Path) -> None:
+    opened = tmp_path / "opened"
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (opened,))
+
+    np.savez(tmp_path / "trap.npz", x=np.array([Trap()], dtype=object))
+    with pytest.raises(UsageError, match=r"trap\.npz"):
+        open_data(f"npz:{tmp_path / 'trap.npz'}")
+    assert not opened.exists()
+
+
+def test_a_function_of_the_users_own_package_gives_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "our_batches.py").write_text(
+        "import torch\n"
+        "def batches():\n    return [torch.ones(2, 3)]\n"
+        "def number():\n    return 3\n"
+        "def broken():\n    raise ValueError('no disk')\n"
+        "value = 3\n"
+    )
+    (tmp_path / "our_broken.py").write_text("import no_such_package\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (batch,) = open_data("our_batches:batches")
+    assert torch.equal(batch, torch.ones(2, 3))
+    for name, said in (
+        ("our_batches:number", "returned int"),
+        ("our_batches:missing", "cannot be imported"),
+        ("our_batches:value", "int"),
+        ("our_batches:broken", "ValueError: no disk"),
+        ("our_broken:batches", "no_such_package"),
+        ("no_such_module:batches", "cannot be imported"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            open_data(name)
+        assert f"--data {name}" in str(refused.value)
+        assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "npz", "npz:", "module", ":function"])
+def test_a_source_without_both_parts_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"wanted npz:FILE or package\.module:function"):
+        open_data(text)
