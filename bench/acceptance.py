@@ -41,7 +41,7 @@ class Row:
 
     asked: share of the MACs that may stay; `unreachable` tells that `budget` was too low and the smallest was asked.
     seconds: of the compression, `export_seconds` of writing the folder with the ONNX file (None: not written);
-    load: processes that wanted a core in the last minute, this one included.
+    cpu_seconds: processor time of both, all threads; load: processes that wanted a core in the last minute.
     """
 
     model: str
@@ -62,6 +62,7 @@ class Row:
     eager: bool = False
     one_more_step: str | None = None
     speedup: tuple[float, float, float] | None = None
+    cpu_seconds: float | None = None
     load: float | None = None
     stages: dict[str, float | None] = field(default_factory=dict)
     error: str | None = None
@@ -73,6 +74,14 @@ class Row:
         return self.model, self.budget, self.round_to
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by the clock, and of the processor over all threads."""
+
+    wall: float
+    cpu: float
+
+
 # -- one row ------------------------------------------------------------------------------------------
 
 
@@ -80,7 +89,7 @@ def run(name: str, budget: float, round_to: str, with_onnx: bool, latency: bool)
     """Compress one network to one budget and check the result."""
     model, inputs = networks.torchvision_model(name), networks.image(name)
     networks.awaken(model, inputs)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     asked, unreachable = budget, False
     try:
         try:
@@ -90,10 +99,10 @@ def run(name: str, budget: float, round_to: str, with_onnx: bool, latency: bool)
             if found is None:
                 raise
             asked, unreachable = float(found["share"]) * _ROOM, True
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             slim = _compress(model, inputs, asked, round_to)
-        seconds = time.perf_counter() - start
-        return _checked(name, budget, round_to, asked, unreachable, model, inputs, slim, seconds, with_onnx, latency)
+        spent = Spent(time.perf_counter() - start, time.process_time() - cpu)
+        return _checked(name, budget, round_to, asked, unreachable, model, inputs, slim, spent, with_onnx, latency)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         return Row(name, budget, round_to, asked, unreachable, error=text, failures=("error",))
@@ -112,7 +121,7 @@ def _checked(
     model: nn.Module,
     inputs: Tensor,
     slim: slimc.Compressed,
-    seconds: float,
+    spent: Spent,
     with_onnx: bool,
     latency: bool,
 ) -> Row:
@@ -123,11 +132,13 @@ def _checked(
     with torch.no_grad():
         outputs = {leaf.shape[1] for leaf in pytree.tree_leaves(model(inputs)) if isinstance(leaf, Tensor)}
     export_seconds = parity = after_convolution = speedup = None
+    cpu_seconds = spent.cpu
     if with_onnx:
         with tempfile.TemporaryDirectory(prefix="slimc-bench-") as folder:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             path = slim.save(Path(folder) / "out", latency=latency) / "model.onnx"
             export_seconds = time.perf_counter() - start
+            cpu_seconds += time.process_time() - cpu
             after_convolution = normalisations_after_convolutions(path)
             sizes = (1, 3) if slim.report.onnx and slim.report.onnx.dynamic_batch else (batch,)
             parity = parity_error(path, slim.module.eval(), [networks.image(name, size, seed=7) for size in sizes])
@@ -139,9 +150,9 @@ def _checked(
     proof = slim.report.verification
     row = Row(
         name, budget, round_to, asked, unreachable, before, after, slim.report.macs.after, slim.report.method.round_to,
-        proof.max_relative_error if proof else math.nan, seconds, export_seconds, parity, after_convolution,
+        proof.max_relative_error if proof else math.nan, spent.wall, export_seconds, parity, after_convolution,
         len(slim.report.frozen) + len(loose), slim.module is not slim.graph and slim.plan.attributes is not None,
-        step, speedup, machine.load_average(), dict(slim.report.seconds),
+        step, speedup, cpu_seconds, machine.load_average(), dict(slim.report.seconds),
     )  # fmt: skip
     return replace(row, failures=tuple(_failures(row, slim.report.macs.before)))
 
@@ -180,10 +191,10 @@ def render(rows: Sequence[Row], path: Path, notes: Sequence[str]) -> None:
         "parameters that no cut can shrink, and operators that block one, besides inputs and outputs. *class*: the "
         "result is the model's own class (else the graph as a module). Errors are relative to the largest output. "
         f"*s*: seconds of compression and of writing everything; at most {SECONDS:g} in all. "
-        "*load*: processes that wanted one of the cores meanwhile."
+        "*processor s*: the same as time of the processor, over all threads. *load*: processes that wanted one of the cores meanwhile."
     )
     columns = ("model", "round to", "asked", "left", "gap %", "align", "step", "predicted", "verify error",
-               "parity error", "BN", "frozen", "class", "s", "load", "verdict")  # fmt: skip
+               "parity error", "BN", "frozen", "class", "s", "processor s", "load", "verdict")  # fmt: skip
     body = page.table(columns, [_cells(row) for row in rows])
     speed = [row for row in rows if row.speedup]
     extra = []
@@ -197,7 +208,7 @@ def render(rows: Sequence[Row], path: Path, notes: Sequence[str]) -> None:
 
 def _cells(row: Row) -> list[str]:
     if row.error is not None:
-        return [row.model, row.round_to, f"{row.budget:g}", *[""] * 12, "**fails**"]
+        return [row.model, row.round_to, f"{row.budget:g}", *[""] * 13, "**fails**"]
     got = row.macs_after / row.macs_before
     seconds = f"{row.seconds:.1f}" + (f" + {row.export_seconds:.1f}" if row.export_seconds is not None else "")
     return [
@@ -206,7 +217,8 @@ def _cells(row: Row) -> list[str]:
         _yes(row.predicted_after == row.macs_after), f"{row.verification_error:.1e}",
         "" if row.parity_error is None else f"{row.parity_error:.1e}",
         "" if row.normalisations_after_convolutions is None else str(row.normalisations_after_convolutions),
-        str(row.frozen), _yes(row.eager), seconds, "" if row.load is None else f"{row.load:.1f}",
+        str(row.frozen), _yes(row.eager), seconds,
+        "" if row.cpu_seconds is None else f"{row.cpu_seconds:.1f}", "" if row.load is None else f"{row.load:.1f}",
         "**fails**" if row.failures else "holds",
     ]  # fmt: skip
 
@@ -221,6 +233,8 @@ def _yes(holds: bool) -> str:
 def main() -> None:
     """Run what is asked for, row by row."""
     options = _options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     out: Path = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = out.read_text(encoding="utf-8").splitlines() if options.resume and out.exists() else []
@@ -263,6 +277,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(networks.ACCEPTANCE), metavar="NAME")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), metavar="SHARE")
     parser.add_argument("--round-to", nargs="+", default=["auto", "1"], metavar="N|auto")
+    parser.add_argument("--threads", type=int, help="threads of torch; its own choice if not given")
     parser.add_argument("--latency", action="store_true", help="also measure the ONNX files, where they are written")
     parser.add_argument("--all-onnx", action="store_true", help="write ONNX for every row, not only auto and 0.4")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")

@@ -16,7 +16,10 @@ from torch import nn
 
 BATCH = 2
 
-SMALL = ("atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "tiny", "_t", "_xs", "mini", "small", "_s", "_b0", "_0", "18", "base")  # fmt: skip
+SMALL = (
+    "atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "tiny", "_t", "_xs", "mini", "small", "_s", "_b0", "_0",
+    "18", "base",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -147,11 +150,11 @@ def _timm(name: str) -> tuple[nn.Module, Any]:
 _HF: dict[str, dict[str, Any]] = {
     **{name: {} for name in (
         "bert", "roberta", "distilbert", "deberta-v2", "albert", "electra", "camembert", "xlm-roberta", "mpnet",
-        "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "llama", "qwen2", "qwen3", "mistral", "mixtral",
-        "gemma", "gemma2", "phi", "phi3", "stablelm", "starcoder2", "olmo", "granite", "cohere", "mamba", "mamba2",
+        "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "llama", "qwen2", "qwen3", "mistral",
+        "mixtral", "gemma", "gemma2", "phi", "phi3", "stablelm", "starcoder2", "olmo", "granite", "cohere", "mamba", "mamba2",
         "t5", "bart", "mbart", "pegasus", "marian", "m2m_100",
-        "vit", "deit", "beit", "swin", "swinv2", "convnext", "convnextv2", "segformer", "resnet", "regnet", "poolformer",
-        "mobilenet_v1", "mobilenet_v2", "mobilevit", "levit", "dinov2", "efficientnet", "focalnet", "detr",
+        "vit", "deit", "beit", "swin", "swinv2", "convnext", "convnextv2", "segformer", "resnet", "regnet",
+        "poolformer", "mobilenet_v1", "mobilenet_v2", "mobilevit", "levit", "dinov2", "efficientnet", "focalnet", "detr",
         "clip", "siglip", "whisper", "wav2vec2", "hubert",
     )},
 }  # fmt: skip

@@ -54,7 +54,7 @@ def rows() -> list[dict[str, Any]]:
 
 def in_children(wanted: list[str], jobs: int) -> Iterator[dict[str, Any]]:
     """A row per case, each from a process forked off this one, so that imports are paid for once."""
-    import slimc.compiler  # noqa: F401
+    import slimc.compiler
     import slimc.exporters.formats.onnx  # noqa: F401
 
     context = multiprocessing.get_context("fork")

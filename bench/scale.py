@@ -68,9 +68,9 @@ def render(found: dict[int, list[SlimcSeconds]], peer: dict[int, list[float]], p
     header = ("layers", "parameters", *(f"{name} s" for name in _STAGES), "peer s", "peer / cut")
     legend = (
         f"Medians of {min(map(len, found.values()))} runs; Torch-Pruning runs once where it takes over ten seconds. "
-        "Growth 32, 4x4 input, half of the FLOPs. *cut* is the sum of infer, score, plan and slice. *exponent*: slope of "
-        "log time over log depth; 1 is linear. Each layer reads all earlier ones: parameters grow with the square of the "
-        "depth, and what reads or copies them has a quadratic part. *peer*: Torch-Pruning, graph and one step."
+        "Growth 32, 4x4 input, half of the FLOPs. *cut* is the sum of infer, score, plan and slice. *exponent*: slope "
+        "of log time over log depth; 1 is linear. Each layer reads all earlier ones: parameters grow with the square "
+        "of the depth, and what reads or copies them has a quadratic part. *peer*: Torch-Pruning, graph and one step."
     )
     page.write(path, "Growth with depth", [page.header(torch.get_num_threads()), legend, page.table(header, rows)])
 

@@ -58,16 +58,16 @@ def render(found: dict[str, list[Pair]], path: Path) -> None:
         ]
         for name, pairs in found.items()
     ]
-    header = ("model", "slimc cut s", "slimc capture s", "peer build s", "peer step s", "peer / cut", "peer / (cut to class)",
-              "peer / (cut + capture)", "peer / all but proof")  # fmt: skip
+    header = ("model", "slimc cut s", "slimc capture s", "peer build s", "peer step s", "peer / cut",
+              "peer / (cut to class)", "peer / (cut + capture)", "peer / all but proof")  # fmt: skip
     names = ("capture", "infer", "score", "plan", "slice", "rewrite", "verify", "whole")
     stages = [[name, *[f"{_median(pairs, _stage(stage)):.3f}" for stage in names]] for name, pairs in found.items()]
     rounds = min(len(pairs) for pairs in found.values())
     legend = (
         f"Medians over {rounds} rounds; ratios are medians of the rounds' own ratios, with a bootstrap 95% interval; "
         "above 1 slimc is faster. *cut*: channel inference, groups and cost, scores, plan at "
-        f"{peers.SHARE:g} of the FLOPs with any width, and slicing into the smaller graph; *cut to class*: also a check "
-        "of every shape, and the model's own class made smaller and run against the graph. *capture*: two runs of the "
+        f"{peers.SHARE:g} of the FLOPs with any width, and slicing into the smaller graph; *cut to class*: also a "
+        "check of every shape, and the model's own class made smaller and run against the graph. *capture*: two runs of the "
         "model and torch.export. *all but proof*: everything that `slimc.compress` does from the bare module but the "
         "verification, of which Torch-Pruning has no counterpart. In the second table *rewrite* holds *slice*. "
         f"*peer*: Torch-Pruning's MagnitudePruner (global, L2, ratio {peers.SHARE:g}, classifier outputs kept; for ViT "

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compiler import Compressed as Compressed
+    from .compiler import apply as apply
+    from .compiler import compress as compress
+    from .compiler import inspect as inspect
+    from .compiler import load as load
+    from .errors import SlimcError as SlimcError
+    from .plan import Plan as Plan
+    from .report import Report as Report
 
 __version__ = "0.1.0"
 

@@ -75,6 +75,8 @@ class Compressed:
     def state_dict(self) -> dict[str, Tensor]:
         """Weights under the names of the user's own class, whatever `module` is."""
         self.synchronise()
+        if self.module is not self.graph:
+            return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
         state: dict[str, Tensor] = dict(self.analysis.model.state_dict())
         named = {name: attribute(self.graph, name) for name in dict(self.graph.state_dict())}
         return {name: named.get(name, tensor).detach() for name, tensor in state.items()}

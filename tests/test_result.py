@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import slimc
-from slimc import result
 from slimc.errors import OutputError, ParityError, PlanError
 
 FILES = {"model.onnx", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html"}
@@ -70,10 +68,9 @@ def saved(slim: slimc.Compressed, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves without the ONNX file, whose export takes most of the time."""
     monkeypatch.setattr(slimc.Compressed, "_export_onnx", lambda _self, _program, path: path.write_bytes(b"onnx"))
-    yield
 
 
 # -- what is written ----------------------------------------------------------------------------------
@@ -178,7 +175,9 @@ def test_what_was_trained_after_the_cut_is_what_is_saved(hard_coded: bool, tmp_p
     with safe_open(folder / "model.safetensors", "pt") as file:
         written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     own = slim.module.state_dict()
-    assert all(torch.equal(t, own[name]) for name, t in written.items())
+    # The graph does not count batches.
+    assert written.keys() - own.keys() <= ({"bn.num_batches_tracked"} if hard_coded else set())
+    assert all(torch.equal(t, own[name]) for name, t in written.items() if name in own)
     assert not torch.equal(written["conv.weight"], cut["conv.weight"])
     assert not torch.equal(written["bn.running_mean"], cut["bn.running_mean"])
     slim.module.eval()
@@ -208,12 +207,12 @@ def test_a_failure_in_the_middle_leaves_nothing(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    if stage == "export":
-        monkeypatch.setattr(result.safetensors, "export", fail)
-    elif stage == "write_json":
-        monkeypatch.setattr(type(slim.report), "write_json", fail)
-    else:
-        monkeypatch.setattr(result, "write_html", fail)
+    place = {
+        "export": "slimc.exporters.formats.safetensors.export",
+        "write_json": "slimc.report.Report.write_json",
+        "write_html": "slimc.result.write_html",
+    }
+    monkeypatch.setattr(place[stage], fail)
     with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
         slim.save(tmp_path / "deep" / "out")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -230,7 +229,7 @@ def test_a_failed_overwrite_leaves_the_earlier_result(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(result, "write_html", fail)
+    monkeypatch.setattr("slimc.result.write_html", fail)
     with pytest.raises(KeyboardInterrupt):
         slim.save(folder, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -240,13 +239,12 @@ def test_a_failed_overwrite_leaves_the_earlier_result(
 def test_a_file_that_differs_from_the_module_is_not_left(
     slim: slimc.Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(result.onnx, "export", lambda _program, path: path.write_bytes(b"wrong"))
 
     def differs(*_: Any) -> None:
         raise ParityError("differs")
 
     monkeypatch.setattr(slimc.Compressed, "_parity", differs)
-    monkeypatch.setattr(result.onnx, "export", _writes_a_model)
+    monkeypatch.setattr("slimc.exporters.formats.onnx.export", _writes_a_model)
     with pytest.raises(ParityError):
         slim.export_onnx(tmp_path / "model.onnx")
     with pytest.raises(ParityError):

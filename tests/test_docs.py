@@ -1,0 +1,62 @@
+"""What the documentation shows must work as it stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimc
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def adapter(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return x + (x @ down.T) @ up.T
+
+
+@pytest.fixture
+def adapter_operator() -> Iterator[None]:
+    library = torch.library.Library("mylib", "DEF")
+    library.define("adapter(Tensor x, Tensor down, Tensor up) -> Tensor")
+    library.impl("adapter", adapter, "CompositeExplicitAutograd")
+    torch.library.register_fake("mylib::adapter", adapter, lib=library)
+    yield
+    library._destroy()
+
+
+class Adapted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.down, self.up = nn.Parameter(torch.randn(6, 16)), nn.Parameter(torch.randn(16, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.ops.mylib.adapter(self.first(x), self.down, self.up))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("adapter_operator")
+def test_the_worked_example_of_a_new_operator_is_proven_and_its_absence_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from slimc.graph import rule
+
+    monkeypatch.setattr(rule, "INFER", dict(rule.INFER))
+    monkeypatch.setattr(rule, "COUNT", dict(rule.COUNT))
+    torch.manual_seed(0)
+    model, x = Adapted(), torch.randn(2, 8)
+    assert [cause.op for cause in slimc.inspect(model, x).frozen] == ["mylib.adapter.default"]
+
+    code = re.search(r"```python\n(.*?)```", (DOCS / "operators.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    exec(compile(code[1], "operators.md", "exec"), {})
+    slim = slimc.compress(model, x, params=0.5, round_to=1)
+    assert not slim.report.frozen
+    # features 16 and rank 6 are the two groups, and both can shrink
+    assert sorted(group.width for group in slim.report.groups) == [6, 16]
+    # MACs: 8 x 16 + 2 x 16 x 6 + 16 x 3 = 368
+    assert slim.report.macs.before == 368

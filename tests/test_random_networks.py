@@ -1,0 +1,23 @@
+"""Every law holds on architectures that nobody has thought of."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+
+from laws import check_laws
+from strategies import BLOCKS, Recipe, Step, recipes
+
+
+@settings(max_examples=40)
+@given(recipes())
+def test_every_law_holds_on_a_drawn_network(recipe: Recipe) -> None:
+    model, inputs = recipe.build()
+    check_laws(model, inputs, seed=recipe.seed, inferred_again="shuffle" not in {step.kind for step in recipe.steps})
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_block_can_be_drawn_and_pruned(kind: str) -> None:
+    recipe = Recipe(6, (Step(kind, 4, 1, 1),), "mean", 1, 0)
+    model, inputs = recipe.build()
+    assert not check_laws(model, inputs).cut.alive.all()
