@@ -191,7 +191,8 @@ def render(rows: Sequence[Row], path: Path, notes: Sequence[str]) -> None:
         "parameters that no cut can shrink, and operators that block one, besides inputs and outputs. *class*: the "
         "result is the model's own class (else the graph as a module). Errors are relative to the largest output. "
         f"*s*: seconds of compression and of writing everything; at most {SECONDS:g} in all. "
-        "*processor s*: the same as time of the processor, over all threads. *load*: processes that wanted one of the cores meanwhile."
+        "*processor s*: the same as time of the processor, over all threads. *load*: processes that wanted one of the "
+        "cores meanwhile."
     )
     columns = ("model", "round to", "asked", "left", "gap %", "align", "step", "predicted", "verify error",
                "parity error", "BN", "frozen", "class", "s", "processor s", "load", "verdict")  # fmt: skip

@@ -106,7 +106,12 @@ def _config(name: str) -> Any:
             "resnet", embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], out_features=["stage4"]
         )
     plain = AutoConfig.for_model(name)
-    known = {key: value for key, value in SIZES.items() if key in plain.to_dict() or key in plain.attribute_map}
+    maps = plain.attribute_map
+    known = {
+        key: value
+        for key, value in SIZES.items()
+        if (key in plain.to_dict() or key in maps) and maps.get(key, key) not in own
+    }
     return AutoConfig.for_model(name, **{**known, **own})
 
 

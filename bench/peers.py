@@ -9,42 +9,43 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-import slimc
+from slimc import eager, planner, scores
+from slimc.analysis import Stages, analyse
 from slimc.graph.resize import Cut
-from slimc.rewrite import rewrite
+from slimc.rewrite import rewrite, shapes_agree
 
 SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class SlimcSeconds:
-    """Seconds of one compression, by stage.
+    """Seconds of one compression, by stage; `infer` holds groups and costs, `shapes` and `own` are what follows `slice`.
 
-    slice: the part of `rewrite` that makes the new graph and its tensors; the rest checks every shape and makes the
-    user's own class smaller and runs it. `whole` is all of `slimc.compress`, proof included.
+    slice: the new graph with its tensors; shapes: every shape of it against the prediction; own: the user's own
+    class made smaller, and run against the graph.
     """
 
     capture: float
     infer: float
     score: float
     plan: float
-    rewrite: float
-    verify: float
     slice: float
-    whole: float
+    shapes: float
+    own: float
 
     @property
     def cut(self) -> float:
-        """Inference, scores, plan and slicing: from a captured model to the smaller graph."""
+        """From a captured model to the smaller graph."""
         return self.infer + self.score + self.plan + self.slice
 
     @property
     def cut_to_class(self) -> float:
-        """Further to the user's own class, checked: what the pipeline calls infer to rewrite."""
-        return self.infer + self.score + self.plan + self.rewrite
+        """From a captured model to the user's own class, checked: all that slimc's pipeline does but the proof."""
+        return self.cut + self.shapes + self.own
 
     @property
     def cut_and_capture(self) -> float:
@@ -52,9 +53,9 @@ class SlimcSeconds:
         return self.cut + self.capture
 
     @property
-    def unproven(self) -> float:
-        """All that `slimc.compress` does but the proof: hashing the weights and writing plan and report too."""
-        return self.whole - self.verify
+    def all(self) -> float:
+        """From the bare module to the user's own class."""
+        return self.cut_to_class + self.capture
 
 
 @dataclass(frozen=True)
@@ -71,24 +72,29 @@ class PeerSeconds:
 
 
 def slimc_seconds(model: nn.Module, inputs: Tensor, share: float = SHARE) -> SlimcSeconds:
-    """Cut a model to a share of its FLOPs, any width allowed."""
+    """Cut a model to a share of its FLOPs, any width allowed: the pipeline of `slimc.compress` up to the proof."""
+    method = scores.find("magnitude")
     gc.collect()
-    start = time.perf_counter()
-    slim = slimc.compress(model, inputs, flops=share, round_to=1, recover="none")
-    whole = time.perf_counter() - start
-    found = slim.report.seconds
-    stages = {name: found[name] or 0.0 for name in ("capture", "infer", "score", "plan", "rewrite", "verify")}
-    return SlimcSeconds(**stages, slice=_slice_seconds(slim), whole=whole)
-
-
-def _slice_seconds(slim: slimc.Compressed) -> float:
-    """Make the same graph again, alone."""
-    types = slim.analysis.types
-    cut = Cut(types, slim.plan.alive(types))
-    gc.collect()
-    start = time.perf_counter()
-    rewrite(types, cut)
-    return time.perf_counter() - start
+    stages = Stages(None)
+    analysis = analyse(model, inputs, stages)
+    with stages.stage("score"):
+        ranked = scores.normalise(method.score(scores.Subject(analysis.types, analysis.grouping, "l2", 0)))
+    with stages.stage("plan"):
+        limits = {"flops": share * analysis.macs}
+        choice = planner.plan(analysis.grouping, analysis.cost, ranked, limits, round_to=1, may_relax=False)
+        alive = np.ones(analysis.types.solution.variables, np.bool_)
+        for group, kept in zip(analysis.groups, choice.kept, strict=True):
+            alive[group.variables] = False
+            alive[group.variables[kept]] = True
+        cut = Cut(analysis.types, alive)
+    with stages.stage("slice"):
+        rewritten = rewrite(analysis.types, cut)
+    with stages.stage("shapes"):
+        wrong = shapes_agree(analysis.types, cut, rewritten)
+    with stages.stage("own"):
+        eager.build(analysis.model, analysis.types, cut, rewritten, analysis.captured.example)
+    assert wrong is None, wrong
+    return SlimcSeconds(**stages.seconds)
 
 
 def peer_seconds(model: nn.Module, inputs: Tensor, head: str | None, ratio: float = SHARE) -> PeerSeconds:

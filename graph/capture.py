@@ -165,7 +165,12 @@ def _region(module: GraphModule, node: Node) -> tuple[GraphModule, Sequence[Any]
 
 def _is_open(node: Node) -> bool:
     value = node.meta.get("val")
-    return node.op == "placeholder" and isinstance(value, Tensor) and any(not isinstance(s, int) for s in value.shape)
+    return node.op == "placeholder" and isinstance(value, Tensor) and any(map(_varies, value.shape))
+
+
+def _varies(size: Any) -> bool:
+    """Whether a size is a symbol still; one that export found to be a number keeps its symbolic type."""
+    return not isinstance(size, int) and not size.node.expr.is_number
 
 
 def batch_of(example: Example) -> int:

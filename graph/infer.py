@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from slimc.errors import CaptureError
+
 from . import rule
 from .capture import Captured
 from .rule import Axes, Value, arguments, operator_name
@@ -220,8 +222,16 @@ def tensors_of(value: Value) -> list[Axes]:
 
 
 def hint(size: Any) -> Any:
-    """The example's number behind a symbolic size."""
-    return size if isinstance(size, (int, float, bool)) else size.node.hint
+    """The example's number behind a symbolic size; raises CaptureError where only the data gives one."""
+    if isinstance(size, (int, float, bool)):
+        return size
+    known = size.node.hint if size.node.has_hint() else None
+    if known is None:
+        raise CaptureError(
+            f"the size {size} depends on the data (a mask, nonzero or the like), so channels cannot be followed. "
+            "Compute it outside of forward(), or use a fixed number of indices."
+        )
+    return known
 
 
 def module_path(node: Node) -> str:

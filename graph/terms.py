@@ -170,7 +170,9 @@ class Store:
                 known = np.where(frozen_a, cause_a, cause_b)[one]
                 self._freeze(np.where(frozen_a, b, a)[one], known)
             live = ~(frozen_a | frozen_b)
-            if live.any():
+            if one.any():  # a term frozen just now may stand in another pair of this round, so look again
+                pending.append((a[live], b[live]))
+            elif live.any():
                 pending.extend(self._merge(a[live], b[live], cause))
 
     def _freeze(self, roots: Terms, cause: Terms | int) -> None:

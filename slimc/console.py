@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Rich
 from rich.markup import escape
-from rich.status import Status
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ STAGES = {
 class Console:
     """Progress and results for a terminal, a file or a pipe."""
 
-    def __init__(self, quiet: bool, as_json: bool) -> None:
-        self.quiet, self.as_json = quiet, as_json
+    def __init__(self, quiet: bool, as_json: bool, stages: int = 1) -> None:
+        self.quiet, self.as_json, self.stages = quiet, as_json, stages
         self._out = Rich(highlight=False, soft_wrap=False)
         self._err = Rich(stderr=True, highlight=False)
-        self._status: Status | None = None
+        self._bar: Progress | None = None
         self._stage: tuple[str, float] | None = None
 
     def __enter__(self) -> Console:
@@ -51,42 +51,64 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end_stage(failed=kind is not None)
+        self._close()
 
     def progress(self, kind: str, text: str) -> None:
         """What a run tells: ("stage", name), ("target", sentence), ("note", sentence), ("detail", where it is)."""
         if self.quiet:
             return
         if kind == "target" and not self.as_json:
-            self._out.print(escape(text), soft_wrap=True)
+            self._print_out(text)
         if kind == "stage":
             self._begin_stage(text)
-        elif kind == "detail" and self._status is not None and self._stage is not None:
-            self._status.update(f"{STAGES.get(self._stage[0], self._stage[0])}: {escape(text)}")
+        elif kind == "detail" and self._bar is not None and self._stage is not None:
+            stage = STAGES.get(self._stage[0], self._stage[0])
+            self._bar.update(self._bar.task_ids[0], description=f"{stage}: {escape(text)}")
         elif kind == "note":
             self._err.print(escape(text), soft_wrap=True)
+
+    def _print_out(self, text: str) -> None:
+        """A line on stdout, above the bar where both share a terminal."""
+        console = self._err if self._bar is not None and self._out.is_terminal else self._out
+        console.print(escape(text), soft_wrap=True)
 
     def _begin_stage(self, name: str) -> None:
         self._end_stage()
         self._stage = (name, time.perf_counter())
-        if self._err.is_terminal:
-            self._status = self._err.status(STAGES.get(name, name))
-            self._status.start()
+        if not self._err.is_terminal:
+            return
+        if self._bar is None:
+            columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self._err, transient=True)
+            self._bar.add_task("", total=self.stages)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], description=STAGES.get(name, name))
 
     def _end_stage(self, failed: bool = False) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
-        if self._stage is not None and not self.quiet:
-            name, start = self._stage
+        if self._stage is None:
+            return
+        name, start = self._stage
+        self._stage = None
+        if not self.quiet:
             mark = "[red]✗[/red]" if failed else "[green]✓[/green]"
             self._err.print(f"{mark} {STAGES.get(name, name)} [dim]{time.perf_counter() - start:.1f} s[/dim]")
-        self._stage = None
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
+
+    def _finish(self) -> None:
+        self._end_stage()
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     # -- results --------------------------------------------------------------------------------------
 
     def report(self, report: Report, folder: Path) -> None:
         """The end of a compression."""
-        self._end_stage()
+        self._finish()
         if self.quiet:
             return
         self._out.print()
@@ -98,8 +120,8 @@ class Console:
         proof = report.verification
         if proof is not None:
             self._out.print(
-                f"[green]✓[/green] proven: removal equals masking, largest relative error {proof.max_relative_error:.1e} "
-                f"({proof.dtype}, {proof.inputs} inputs, {proof.groups} groups cut)",
+                "[green]✓[/green] proven: removal equals masking, largest relative error "
+                f"{proof.max_relative_error:.1e} ({proof.dtype}, {proof.inputs} inputs, {proof.groups} groups cut)",
                 soft_wrap=True,
             )
         if report.onnx is not None:
@@ -120,7 +142,7 @@ class Console:
 
     def inspection(self, data: dict[str, Any]) -> None:
         """Groups, what they govern, what is frozen."""
-        self._end_stage()
+        self._finish()
         from .budget import amount
 
         share = data["prunable_params"] / data["params"] if data["params"] else 0.0
@@ -145,7 +167,7 @@ class Console:
 
     def latency(self, results: Sequence[LatencyResult]) -> None:
         """Figures of `slimc latency`."""
-        self._end_stage()
+        self._finish()
         table = _table("provider", "threads", "batch", "A", "B", "A / B", "95% interval", right=(1, 2, 3, 4, 5, 6))
         for result in results:
             if result.skipped is not None:

@@ -17,20 +17,31 @@ from .errors import UsageError
 from .graph.capture import Example
 
 
-def examples(data: Iterable[Any], like: Example, limit: int = 512) -> Iterator[Example]:
+def examples(data: Iterable[Any], like: Example, limit: int = 512, batch: int | None = None) -> Iterator[Example]:
     """Model inputs from batches of tensors, (inputs, targets) or dictionaries, up to `limit` samples.
 
     A batch is cut to the inputs that the model takes: the first so many items of a tuple, the known keys of a
-    dictionary; (dictionary, targets) is a dictionary too. Raises UsageError where a batch holds other inputs.
+    dictionary; (dictionary, targets) is a dictionary too. `batch` is the only size that the model takes, if there
+    is one: larger batches are split to it and what is left over is not used. Raises UsageError where a batch holds
+    other inputs.
     """
     seen = 0
-    for batch in data:
-        example = _example(batch, like)
+    device = next((tensor.device for tensor in like.tensors()), None)
+    for item in data:
+        example = _example(item, like)
         _check_alike(example.tensors(), like.tensors())
-        yield example.map(lambda t: t.to(like.tensors()[0].device))
-        seen += example.tensors()[0].shape[0]
+        for part in _parts(example, batch):
+            yield part.map(lambda tensor: tensor.to(device))
+            seen += len(part.tensors()[0])
         if seen >= limit:
             return
+
+
+def _parts(example: Example, size: int | None) -> list[Example]:
+    if size is None:
+        return [example]
+    starts = range(0, len(example.tensors()[0]) - size + 1, size)
+    return [example.map(lambda tensor, at=start: tensor[at : at + size]) for start in starts]
 
 
 def _example(batch: Any, like: Example) -> Example:

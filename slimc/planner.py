@@ -80,8 +80,15 @@ def _unreachable(limits: Mapping[str, float], smallest: Costs, full: Costs, roun
                 f"--{metric} asks for at most {amount(metric, limit)} of {amount(metric, before)}; the smallest that "
                 f"can be reached is {_up(least / before)} of the original ({amount(metric, least)})"
             )
-    hint = " With --round-to 1 it is smaller." if round_to > 1 else ""
-    return "; ".join(missed) + f". Raise the target, or ignore fewer layers.{hint}"
+    return f"{'; '.join(missed)}. {_way_out(smallest == full, round_to)}"
+
+
+def _way_out(nothing_can_go: bool, round_to: int) -> str:
+    if round_to > 1:
+        return "With --round-to 1 it is smaller; else raise the target, or ignore fewer layers."
+    if nothing_can_go:
+        return "No channel of this model can be removed; slimc inspect shows what holds them."
+    return "Raise the target, or ignore fewer layers."
 
 
 def _up(share: float) -> str:

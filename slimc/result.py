@@ -85,7 +85,9 @@ class Compressed:
         """Fit the kept weights again by one step of `slimc methods`, on batches of inputs; labels are not needed."""
         self.synchronise()
         with self.stages.stage("recover"), evaluating(self.graph):
-            detail = recover.find(name).run(self.graph, examples(data, self.analysis.captured.example))
+            captured = self.analysis.captured
+            fixed = captured.batch if captured.dynamic_shapes is None else None
+            detail = recover.find(name).run(self.graph, examples(data, captured.example, batch=fixed))
         self.note_recovery(name, detail)
 
     def note_recovery(self, name: str, detail: str) -> None:

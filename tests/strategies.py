@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 SIDE = 8
 
@@ -147,12 +147,11 @@ class Split(Block):
 
 
 class Shuffle(Block):
-    """Channels in another order: by views, by the operator, rolled, flipped or every second one."""
+    """Channels in another order: by views, by the operator, rolled, flipped or odd ones first."""
 
     def __init__(self, i: int, step: Step) -> None:
         super().__init__(i, step)
         self.groups, self.kind, self.shift = divisor(i, 2 + step.a % 3), step.b % 5, step.c
-        self.o = -(-i // 2) if self.kind == 4 else i
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -162,7 +161,7 @@ class Shuffle(Block):
             return F.channel_shuffle(x, self.groups)
         if self.kind == 2:
             return x.roll(self.shift, 1)
-        return x.flip(1) if self.kind == 3 else x[:, ::2]
+        return x.flip(1) if self.kind == 3 else torch.cat([x[:, 1::2], x[:, ::2]], 1)
 
 
 class Gate(Block):
@@ -199,7 +198,9 @@ class Attention(Block):
         if self.qkv is not None:
             q, k, v = self.qkv(y).reshape(n, h * w, 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            assert self.q is not None and self.k is not None and self.v is not None
+            assert self.q is not None
+            assert self.k is not None
+            assert self.v is not None
             q, k, v = (
                 layer(y).view(n, h * w, self.heads, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v)
             )

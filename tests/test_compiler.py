@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.data import DataLoader, TensorDataset
@@ -148,6 +149,19 @@ def test_the_reported_costs_are_those_counted_on_the_module(slim: slimc.Compress
         assert params == sum(p.numel() for p in module.parameters())
     assert slim.report.size is not None
     assert slim.report.size.after == sum(t.numel() * t.element_size() for t in slim.module.state_dict().values())
+
+
+def test_a_torchvision_network_comes_back_as_its_own_class_at_the_cost_that_was_predicted() -> None:
+    model = seeded(lambda: torchvision.models.squeezenet1_1(num_classes=10))
+    x = noise(2, 3, 64, 64)
+    slim = plain(model, x, flops=0.5, params=0.6)
+    assert type(slim.module) is type(model)
+    assert any(0.99 * target.asked < target.got for target in slim.report.targets.values())
+    assert all(target.got <= target.asked for target in slim.report.targets.values())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        slim.module(x)
+    assert 2 * slim.report.macs.after == counter.get_total_flops() // 2
+    assert slim.report.params.after == sum(p.numel() for p in slim.module.parameters())
 
 
 def test_the_module_the_graph_and_the_program_compute_the_same(slim: slimc.Compressed) -> None:
@@ -406,6 +420,55 @@ def test_statistics_over_several_batches_are_those_of_all_samples() -> None:
     first = slim.module.get_submodule("0")(whole)
     torch.testing.assert_close(slim.module.get_buffer("1.running_mean"), first.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(slim.module.get_buffer("1.running_var"), first.var((0, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_norm_that_is_used_twice_has_the_statistics_of_both_uses() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+            self.norm = nn.BatchNorm1d(8)
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.norm(self.second(torch.relu(self.norm(self.first(x))))))
+            return out
+
+    x = noise(64, 6) + 1
+    module = plain(seeded(Shared), noise(4, 6), params=0.7, data=[x], recover="bn").module
+    assert isinstance(module, Shared)
+    with torch.no_grad():
+        one = module.first(x)
+        normal = (one - one.mean(0)) / (one.var(0, unbiased=False) + module.norm.eps).sqrt()
+        scaled = normal * module.norm.weight + module.norm.bias
+        both = torch.cat([one, module.second(torch.relu(scaled))])
+    torch.testing.assert_close(module.get_buffer("norm.running_mean"), both.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.get_buffer("norm.running_var"), both.var(0), rtol=1e-4, atol=1e-5)
+
+
+def test_data_that_is_not_finite_is_refused_before_it_spoils_the_statistics() -> None:
+    slim = plain(seeded(ConvNet), X, flops=0.5)
+    before = weights(slim.module)
+    with pytest.raises(UsageError, match=r"bn1\.running_mean cannot be re-estimated: --data leads to values"):
+        slim.recover("bn", [torch.full_like(X, float("nan"))])
+    assert weights(slim.module) == before
+    assert slim.report.recovery is None
+
+
+def test_a_model_with_a_fixed_batch_takes_data_in_any_batches() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(torch.relu(self.norm(self.first(x)).view(4, 8)))
+            return out
+
+    data = noise(10, 6) + 2
+    slim = plain(seeded(Fixed), noise(4, 6), params=0.7, data=[data], recover="bn")
+    hidden = slim.module.get_submodule("first")(data[:8])
+    torch.testing.assert_close(slim.module.get_buffer("norm.running_mean"), hidden.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_only_as_many_batches_are_read_as_are_needed() -> None:

@@ -92,6 +92,12 @@ def test_batches_are_read_until_there_are_samples_enough(limit: int, batches: in
     assert len(read) == batches
 
 
+def test_batches_are_split_to_the_only_size_that_a_model_takes() -> None:
+    rows = torch.arange(33.0).view(11, 3)
+    parts = list(examples([rows[:7], rows[7:8], rows[8:]], ONE, batch=2))
+    assert [part.args[0][:, 0].tolist() for part in parts] == [[0, 3], [6, 9], [12, 15], [24, 27]]
+
+
 def test_a_data_loader_is_taken_as_it_is() -> None:
     loader = DataLoader(TensorDataset(X, LABELS), batch_size=3)
     assert [len(example.tensors()[0]) for example in examples(loader, ONE)] == [3, 1]

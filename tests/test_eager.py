@@ -108,7 +108,7 @@ def test_the_result_trains() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     model.eval()
     with torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
-
 from laws import check_laws
 from strategies import BLOCKS, Recipe, Step, recipes
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 import pytest
-from torch import nn
-
 from laws import check_laws, signatures
-from slimc.analysis import Analysis, analyse
+from torch import nn
 from zoo import CASES, Case
+
+from slimc.analysis import Analysis, analyse
 
 
 @functools.cache

@@ -57,6 +57,9 @@ def _coordinates(axes: Axes, position: int) -> Tensor:
 def _read(walk: Inference, node: Node, axes: Axes, runs: list[Tensor]) -> Axes:
     """One axis of the result for each axis of the source that it comes from."""
     shape = list(runs[0].shape)
+    if 0 in shape and len(shape) == len(axes):
+        # An empty piece holds no coordinate to read; it was cut along the axes whose size has changed.
+        return tuple(a if len(a) == n else walk.store.frozen(n) for a, n in zip(axes, shape, strict=True))
     result = [walk.store.frozen(size) for size in shape]
     for axis, run in zip(axes, runs, strict=True):
         along = [i for i, size in enumerate(shape) if size > 1 and _varies(run, i)]

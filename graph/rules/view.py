@@ -6,6 +6,7 @@ shapes are refined to common factors, the input's axes are split to them and mer
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -66,7 +67,7 @@ def refine(before: list[int], after: list[int]) -> list[int] | None:
         return None
     ends = sorted(set(np.cumprod(before).tolist()) | set(np.cumprod(after).tolist()) | {1})
     factors = []
-    for small, large in zip(ends, ends[1:], strict=False):
+    for small, large in pairwise(ends):
         if large % small:
             return None
         factors.append(large // small)
@@ -79,9 +80,8 @@ def _deal(factors: list[int], shape: list[int]) -> list[list[int]]:
     dealt = []
     for size in shape:
         own: list[int] = []
-        while size > 1:
+        while prod(own) < size:
             own.append(queue.pop(0))
-            size //= own[-1]
         dealt.append(own)
     return dealt
 

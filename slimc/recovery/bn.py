@@ -42,11 +42,14 @@ class _Sums:
 
 
 class _Measuring(Interpreter):
-    """Runs the graph with batch statistics and pools them per layer."""
+    """Runs the graph with batch statistics and pools them per layer, over all places where it is used.
+
+    sums: by the names of the running mean and variance.
+    """
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
-        self.sums: dict[Node, _Sums] = {}
+        self.sums: dict[tuple[str, str], _Sums] = {}
 
     def run_node(self, n: Node) -> Any:
         """Batch norms with running statistics are measured; everything else runs as it is."""
@@ -58,7 +61,8 @@ class _Measuring(Interpreter):
         )
         assert isinstance(x, Tensor)
         zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        self.sums.setdefault(n, _Sums(0, zeros.clone(), zeros.clone())).add(x)
+        place = (str(call["running_mean"].target), str(call["running_var"].target))
+        self.sums.setdefault(place, _Sums(0, zeros.clone(), zeros.clone())).add(x)
         return functional.batch_norm(x, None, None, weight, bias, training=True, eps=call["eps"])
 
 
@@ -68,7 +72,9 @@ def is_reestimated(node: Node) -> bool:
         return False
     call = arguments(node)
     # In a graph that trains the flag is read from the module's mode; at inference it is off there too.
-    return call["running_mean"] is not None and call["training"] is not True
+    statistics = (call["running_mean"], call["running_var"])
+    stored = all(isinstance(tensor, Node) and tensor.op == "get_attr" for tensor in statistics)
+    return stored and call["training"] is not True
 
 
 @step("bn", "re-estimate batch-norm statistics on unlabelled samples", "Li et al., EagleEye, ECCV 2020, section 3.3")
@@ -88,18 +94,19 @@ def reestimate(module: GraphModule, batches: Iterable[Example]) -> str:
             samples += batch.tensors()[0].shape[0]
         if not samples:
             raise UsageError("--data gave no batch, so batch norms cannot be re-estimated")
-        for node, sums in measuring.sums.items():
-            _write(module, node, sums)
+        found = {place: _statistics(sums, place[0]) for place, sums in measuring.sums.items()}
+        for names, values in found.items():
+            for name, value in zip(names, values, strict=True):
+                attribute(module, name).copy_(value)
     return f"batch-norm statistics re-estimated on {samples} samples"
 
 
-def _write(module: GraphModule, node: Node, sums: _Sums) -> None:
-    call = arguments(node)
+def _statistics(sums: _Sums, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance per channel."""
     if sums.count < 2:
         raise UsageError("batch norms cannot be re-estimated from one value per channel; give more data")
     mean = sums.total / sums.count
     variance = (sums.squares / sums.count - mean.square()).clamp_min(0) * (sums.count / (sums.count - 1))
-    for name, value in (("running_mean", mean), ("running_var", variance)):
-        target = call[name]
-        if isinstance(target, Node) and target.op == "get_attr":
-            attribute(module, str(target.target)).copy_(value)
+    if not (mean.isfinite().all() and variance.isfinite().all()):
+        raise UsageError(f"{name} cannot be re-estimated: --data leads to values that are not finite (NaN or infinity)")
+    return mean, variance

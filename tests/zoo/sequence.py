@@ -236,6 +236,7 @@ class PositionBias(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
         self.table = nn.Parameter(torch.randn(7, 2))
+        self.index: Tensor
         self.register_buffer("index", torch.arange(4)[:, None] - torch.arange(4) + 3)
 
     def forward(self, x: Tensor) -> Tensor:
