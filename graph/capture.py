@@ -119,11 +119,36 @@ def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     inline_regions(module)
+    _free_layouts(module)
     is_open = any(_is_open(node) for node in module.graph.nodes)
     note = None if spec is None or is_open else "the model's operators fix the batch size"
     batch = batch_of(example)
     constants = frozenset(program.graph_signature.lifted_tensor_constants)
     return Captured(module, example, spec if is_open else None, batch, note, constants)
+
+
+def _free_layouts(module: GraphModule) -> None:
+    """Ask for shapes only, since kernels give the memory layout that a view needs for some sizes and not for others.
+
+    Attention kernels return their heads in one order or another, and tracing drops a copy that one of them makes
+    needless. The copy is put back, else the ONNX exporter, which takes attention apart, meets a view that cannot be.
+    """
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        source = node.args[0] if node.target is aten.reshape.default else None
+        if not isinstance(source, Node) or source.target not in (aten.transpose.int, aten.permute.default):
+            continue
+        kernel = source.args[0]
+        if isinstance(kernel, Node) and kernel.target is aten.scaled_dot_product_attention.default:
+            with module.graph.inserting_before(node):
+                copied = module.graph.call_function(
+                    aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+                )
+            copied.meta = dict(source.meta)
+            node.update_arg(0, copied)
+    module.recompile()
 
 
 def inline_regions(module: GraphModule) -> None:

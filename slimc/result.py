@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from . import recover
 from .analysis import Analysis, Stages
 from .data import examples
+from .errors import OutputError
 from .exporters import latency as latency_of
 from .exporters.artifact import whole_folder
 from .exporters.formats import onnx, pt2, safetensors
@@ -136,7 +137,11 @@ class Compressed:
         """Measure an exported file beside the original model, in turn, on every provider that is there."""
         with tempfile.TemporaryDirectory(prefix="slimc-") as folder:
             before = Path(folder) / "original.onnx"
-            onnx.export(program_of(self.analysis.captured.module, self.analysis.captured), before)
+            try:
+                onnx.export(program_of(self.analysis.captured.module, self.analysis.captured), before)
+            except OutputError as error:
+                self.warn([f"latency was not measured, since the original cannot be exported: {error}"])
+                return ()
             results = latency_of.measure_all(before, path, **options)
         rows = []
         for result in results:

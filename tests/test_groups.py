@@ -11,10 +11,6 @@ from zoo import CASES
 from slimc.analysis import analyse
 
 
-def analysed(name: str) -> object:
-    return analyse(*CASES[name].build())
-
-
 def test_every_variable_of_a_group_removes_as_many_indices_as_any_other() -> None:
     for name in ("Grouped", "DenseConcat", "FusedAttention", "CatWithFlip"):
         analysis = analyse(*CASES[name].build())

@@ -8,7 +8,7 @@ from laws import check_laws
 from strategies import BLOCKS, Recipe, Step, recipes
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(recipes())
 def test_every_law_holds_on_a_drawn_network(recipe: Recipe) -> None:
     model, inputs = recipe.build()
