@@ -138,10 +138,7 @@ def _free_layouts(module: GraphModule) -> None:
         if node.target is aten.view.default:
             node.target = aten.reshape.default
         source = node.args[0] if node.target is aten.reshape.default else None
-        if not isinstance(source, Node) or source.target not in (aten.transpose.int, aten.permute.default):
-            continue
-        kernel = source.args[0]
-        if isinstance(kernel, Node) and kernel.target is aten.scaled_dot_product_attention.default:
+        if isinstance(source, Node) and _is_swapped(source) and _is_attention(source):
             with module.graph.inserting_before(node):
                 copied = module.graph.call_function(
                     aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
@@ -149,6 +146,18 @@ def _free_layouts(module: GraphModule) -> None:
             copied.meta = dict(source.meta)
             node.update_arg(0, copied)
     module.recompile()
+
+
+def _is_swapped(node: Node) -> bool:
+    return node.target in (torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
+
+
+def _is_attention(node: Node) -> bool:
+    """Whether a value is what an attention kernel returned, its axes swapped or reshaped."""
+    while _is_swapped(node) or node.target is torch.ops.aten.reshape.default:
+        assert isinstance(node.args[0], Node)
+        node = node.args[0]
+    return node.target is torch.ops.aten.scaled_dot_product_attention.default
 
 
 def inline_regions(module: GraphModule) -> None:
