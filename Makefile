@@ -38,9 +38,12 @@ types: $(STAMP) ## check the types of the package and of the tests
 
 check: lint types test ## everything that a change must pass
 
-bench: $(STAMP) ## list the benchmark scripts
-	@echo "Benchmarks take from minutes to hours and are run one by one, with $(BIN)/python:"
-	@find bench -name '*.py' ! -name '_*' | sort | sed 's/^/  /'
+bench: $(STAMP) ## measure speed, growth with depth and memory against Torch-Pruning, about 10 minutes on an idle machine
+	@echo "bench: about 10 minutes on two idle cores; results go to bench/results (the other scripts: bench/README.md)"
+	@$(BIN)/python -c 'import torch_pruning' 2>/dev/null || $(PIP) install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench.speed
+	$(BIN)/python -m bench.scale
+	$(BIN)/python -m bench.memory
 
 clean: ## delete caches and build products
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

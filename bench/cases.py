@@ -147,21 +147,17 @@ def _timm(name: str) -> tuple[nn.Module, Any]:
 
 # -- Hugging Face -------------------------------------------------------------------------------------
 
-_HF: dict[str, dict[str, Any]] = {
-    **{name: {} for name in (
-        "bert", "roberta", "distilbert", "deberta-v2", "albert", "electra", "camembert", "xlm-roberta", "mpnet",
-        "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "llama", "qwen2", "qwen3", "mistral",
-        "mixtral", "gemma", "gemma2", "phi", "phi3", "stablelm", "starcoder2", "olmo", "granite", "cohere", "mamba", "mamba2",
-        "t5", "bart", "mbart", "pegasus", "marian", "m2m_100",
-        "vit", "deit", "beit", "swin", "swinv2", "convnext", "convnextv2", "segformer", "resnet", "regnet",
-        "poolformer", "mobilenet_v1", "mobilenet_v2", "mobilevit", "levit", "dinov2", "efficientnet", "focalnet", "detr",
-        "clip", "siglip", "whisper", "wav2vec2", "hubert",
-    )},
-}  # fmt: skip
+_HF = (
+    "albert bart beit bert bloom camembert clip cohere convnext convnextv2 deberta-v2 deit detr dinov2 distilbert "
+    "efficientnet electra falcon focalnet gemma gemma2 gpt2 gpt_neo gpt_neox gptj granite hubert levit llama m2m_100 "
+    "mamba mamba2 marian mbart mistral mixtral mobilenet_v1 mobilenet_v2 mobilevit mpnet olmo opt pegasus phi phi3 "
+    "poolformer qwen2 qwen3 regnet resnet roberta segformer siglip stablelm starcoder2 swin swinv2 t5 vit wav2vec2 "
+    "whisper xlm-roberta"
+)
 
 
 def _hf_names() -> list[str]:
-    return sorted(_HF)
+    return _HF.split()
 
 
 def _hf(name: str) -> tuple[nn.Module, Any]:

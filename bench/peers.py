@@ -23,10 +23,10 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class SlimcSeconds:
-    """Seconds of one compression, by stage; `infer` holds groups and costs, `shapes` and `own` are what follows `slice`.
+    """Seconds of one compression, by stage.
 
-    slice: the new graph with its tensors; shapes: every shape of it against the prediction; own: the user's own
-    class made smaller, and run against the graph.
+    infer: with groups and costs; slice: the new graph with its tensors; shapes: every shape of it against the
+    prediction; own: the user's own class made smaller, and run against the graph.
     """
 
     capture: float

@@ -72,9 +72,9 @@ def render(found: dict[str, list[Pair]], path: Path) -> None:
         "run against the graph (*own*).\n"
         "- *capture*: a copy of the model, two runs of it, and torch.export.\n"
         "- *all*: capture and to class: all that `slimc.compress` does but the proof, which the peer has not.\n"
-        f"- *peer*: Torch-Pruning's MagnitudePruner (global, L2, ratio {peers.SHARE:g}, classifier outputs kept; for ViT "
-        "what its own example gives: bare parameters, widths in whole heads) made on a fresh copy (*build*), then one "
-        "*step*. The copy is not timed."
+        f"- *peer*: Torch-Pruning's MagnitudePruner (global, L2, ratio {peers.SHARE:g}, classifier outputs kept; for "
+        "ViT what its own example gives: bare parameters, widths in whole heads) made on a fresh copy (*build*), then "
+        "one *step*. The copy is not timed."
     )
     parts = [page.header(torch.get_num_threads()), legend, page.table(header, ratios)]
     parts += ["## slimc's stages, median seconds", page.table(("model", *names), stages)]

@@ -35,7 +35,7 @@ UnsafePickle = Annotated[bool, typer.Option("--unsafe-pickle", help="unpickle MO
 Input = Annotated[list[str] | None, typer.Option(metavar="SHAPE|FILE", help="example input: 1x3x224x224, 1x128:int64 (repeat for several) or an .npz file")]  # fmt: skip  # noqa: E501
 Threads = Annotated[int | None, typer.Option(min=1, help="threads for computing and for the latency measurement")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no summary; errors only")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in --out")]
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="do not measure latency")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder [default: MODEL-slim]")]
@@ -76,8 +76,8 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress MODEL until every target holds, prove the result, export and measure it."""
-    with Console(quiet, as_json, stages=9) as console:
-        from . import budget, compiler
+    with Console(quiet, as_json, stages=10) as console:
+        from . import budget, compiler, scores
         from .data import open_data
 
         targets = {"flops": flops, "params": params, "size": size, "memory": memory}
@@ -86,6 +86,9 @@ def compress(
                 budget.parse(metric, text)  # before anything slow
         if not any(targets.values()):
             raise UsageError("no target: give at least one of --flops, --params, --size, --memory, such as --flops 0.4")
+        scores.find(scorer)
+        compiler.alignment_of(round_to)
+        compiler.recover_steps(recover, data is not None)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
         slim = compiler.compress(
@@ -122,7 +125,7 @@ def apply(
     quiet: Quiet = False,
 ) -> None:
     """Make the same cut in another checkpoint of the same architecture."""
-    with Console(quiet, as_json, stages=8) as console:
+    with Console(quiet, as_json, stages=9) as console:
         from . import compiler
         from .plan import Plan
 
@@ -147,7 +150,7 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Show what can be removed from MODEL, what is coupled, and what is frozen and why."""
-    with Console(quiet, as_json, stages=3) as console:
+    with Console(quiet, as_json, stages=4) as console:
         from . import compiler, inspection
         from .graph.view import to_dot
 
@@ -265,6 +268,7 @@ def _open(
     if unsafe_pickle:
         console.progress("note", "--unsafe-pickle: the file may run any code while it is read")
     loaded = load(model, arch=arch, allow=allow or (), unsafe_pickle=unsafe_pickle)
+    console.progress("stage", "input")
     return loaded, example_inputs(inputs or [], loaded.input_shape, seed)
 
 

@@ -74,7 +74,7 @@ def compress(
     targets = [budget.parse(metric, value) for metric, value in given.items() if value is not None]
     if not targets:
         raise UsageError("no target: give at least one of flops, params, size, memory")
-    method, alignment = scores.find(scorer), _alignment(round_to)
+    method, alignment = scores.find(scorer), alignment_of(round_to)
     steps = recover_steps(recover, data is not None)
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
@@ -134,10 +134,9 @@ def apply(
     with stages.stage("plan"):
         cut = Cut(analysis.types, plan.alive(analysis.types))
     method = plan.method
-    chosen = Method(
-        str(method.get("scorer", "plan")), str(method.get("schedule", "plan")),
-        int(method.get("round_to", 1)), int(method.get("seed", 0)),
-    )  # fmt: skip
+    names = [str(method.get(key, "plan")) for key in ("scorer", "schedule")]
+    numbers = [value if isinstance(value := method.get(key), int) else 1 for key in ("round_to", "seed")]
+    chosen = Method(names[0], names[1], numbers[0], numbers[1])
     facts = {
         "targets": plan.targets, "method": method, "versions": _versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip
@@ -249,7 +248,8 @@ def _costs(analysis: Analysis, cut: Cut) -> Costs:
     return analysis.cost(np.array([int(cut.alive[g.variables].sum()) for g in analysis.groups], np.int64))
 
 
-def _alignment(round_to: int | str) -> int:
+def alignment_of(round_to: int | str) -> int:
+    """The number that widths become multiples of; "auto" asks the machine."""
     if round_to == "auto":
         return machine.preferred_alignment()
     try:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "load": "reading the model",
+    "input": "preparing the example input",
     "data": "reading the data",
     "train": "training",
     "capture": "capturing the graph",
@@ -133,12 +134,12 @@ class Console:
             self._out.print(f"[green]✓[/green] {escape(step.detail)}")
         for warning in report.warnings:
             self._out.print(f"[yellow]![/yellow] {escape(warning)}", soft_wrap=True)
-        files = _table("", "")
-        files.show_header = False
-        for name, why in [*((f.name, f.purpose) for f in report.files), ("report.html", "the report: open this first")]:
-            files.add_row(str(folder / name), f"[dim]{escape(why)}[/dim]")
+        files = [(str(folder / f.name), f.purpose) for f in report.files]
+        files.append((str(folder / "report.html"), "the report: open this first"))
+        width = max(len(path) for path, _ in files)
         self._out.print()
-        self._out.print(files)
+        for path, why in files:  # never folded, so that a path can be copied
+            self._out.print(f"{escape(path):<{width}}   [dim]{escape(why)}[/dim]", soft_wrap=True)
 
     def inspection(self, data: dict[str, Any]) -> None:
         """Groups, what they govern, what is frozen."""

@@ -181,7 +181,7 @@ def _sizes(work: Resizing, types: Types, node: Node) -> Iterator[tuple[int, int]
     axes = types.values.get(node)
     if isinstance(axes, tuple) and all(hasattr(axis, "shape") for axis in axes):
         # Batch, time and space sizes are no evidence: 7 may be a window and a head count at once.
-        channels = [axis for axis in axes if axis.any()]
+        channels = [axis for axis in axes if (types.solution.factors(axis) >= 0).any()]
         for axis, size in zip(channels, work.shape(tuple(channels)), strict=True):
             yield len(axis), size
 

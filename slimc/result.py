@@ -65,13 +65,8 @@ class Compressed:
 
     def synchronise(self) -> None:
         """Bring the graph's tensors up to date with the module's, after training or moving between devices."""
-        if self.module is self.graph:
-            return
-        state = self.module.state_dict()
-        with torch.no_grad():
-            for name, tensor in self.graph.state_dict().items():
-                if name in state and state[name].data_ptr() != tensor.data_ptr():
-                    tensor.copy_(state[name])
+        if self.module is not self.graph:
+            _copy_tensors(self.module, self.graph)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights under the names of the user's own class, whatever `module` is."""
@@ -89,6 +84,8 @@ class Compressed:
             captured = self.analysis.captured
             fixed = captured.batch if captured.dynamic_shapes is None else None
             detail = recover.find(name).run(self.graph, examples(data, captured.example, batch=fixed))
+        if self.module is not self.graph:
+            _copy_tensors(self.graph, self.module)
         self.note_recovery(name, detail)
 
     def note_recovery(self, name: str, detail: str) -> None:
@@ -183,6 +180,15 @@ class Compressed:
         """Add sentences to the report that a person should read."""
         known = self.report.warnings
         self.report = replace(self.report, warnings=(*known, *(s for s in sentences if s not in known)))
+
+
+def _copy_tensors(source: nn.Module, target: nn.Module) -> None:
+    """Copy tensors of the same name that are not shared any more: moving a module to a device parts them."""
+    state = source.state_dict()
+    with torch.no_grad():
+        for name, tensor in target.state_dict().items():
+            if name in state and state[name].data_ptr() != tensor.data_ptr():
+                tensor.copy_(state[name])
 
 
 @contextmanager

@@ -101,12 +101,19 @@ class _Check:
         """How far the rewritten graph is from the masked original on one input; raises where that is too far."""
         leaves = pytree.tree_leaves((example.args, example.kwargs))
         with torch.no_grad():
-            slim = self._slim(leaves, read)
+            try:
+                slim = self._slim(leaves, read)
+            except RuntimeError as error:
+                text = str(error).splitlines()[0]
+                raise VerificationError(
+                    f"the rewritten model does not run: {text}. Nothing was written. "
+                    "This is a fault of slimc: please report it with the model."
+                ) from error
             wanted = Masked(self.types, self.cut, self.rewritten, read, self.dtype).results(leaves)
-            error = _distance(slim, wanted)
-            if not error <= TOLERANCE[self.dtype]:
-                raise VerificationError(self._first_difference(leaves, read, error))
-        return error
+            distance = _distance(slim, wanted)
+            if not distance <= TOLERANCE[self.dtype]:
+                raise VerificationError(self._first_difference(leaves, read, distance))
+        return distance
 
     def moved(self, example: Example, read: Read) -> float:
         """How far the cut moves the outputs on one input."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def adapter(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 @pytest.fixture
 def adapter_operator() -> Iterator[None]:
-    library = torch.library.Library("mylib", "DEF")
+    library: Any = getattr(torch.library, "Library")("mylib", "DEF")  # noqa: B009 - torch leaves it untyped
     library.define("adapter(Tensor x, Tensor down, Tensor up) -> Tensor")
     library.impl("adapter", adapter, "CompositeExplicitAutograd")
     torch.library.register_fake("mylib::adapter", adapter, lib=library)
