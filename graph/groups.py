@@ -85,7 +85,7 @@ def group(types: Types) -> Grouping:
         alone = np.isin(colour, irregular)
         colour = np.where(alone, np.arange(count) + colour.max() + 1, colour)
         colour = np.unique(colour, return_inverse=True)[1]
-    return _named(types, axes, factors, colour, sizes)
+    return _named(types, axes, colour, sizes)
 
 
 def _distinct_axes(types: Types) -> list[Terms]:
@@ -187,14 +187,14 @@ def _sum_of_products(rows: Terms, colour: Terms, widths: Terms) -> tuple[Axis, l
     return Axis(tuple(terms)), wrong
 
 
-def _named(types: Types, axes: list[Terms], factors: list[Terms], colour: Terms, sizes: list[Axis]) -> Grouping:
+def _named(types: Types, axes: list[Terms], colour: Terms, sizes: list[Axis]) -> Grouping:
     """Number the groups that touch parameters, in order of first appearance, and describe them."""
     numbers = {id(axis): i for i, axis in enumerate(axes)}
+    widths = np.bincount(colour) if len(colour) else np.zeros(1, np.int64)
     members: dict[int, list[Member]] = {}
     for name, tensor_axes in types.tensors.items():
         for position, axis in enumerate(tensor_axes):
-            for kind in {c for _, kinds in sizes[numbers[id(axis)]].terms for c in kinds}:
-                each = _each(factors[numbers[id(axis)]], colour, kind)
+            for kind, each in _each(sizes[numbers[id(axis)]], widths).items():
                 members.setdefault(kind, []).append(Member(name, position, each))
     renormalised = _colours_of([axis for _, axis in types.renormalising], types, colour)
     floors = _anchors(sizes)
@@ -226,10 +226,14 @@ def _renumber(sizes: list[Axis], lookup: Terms, colour: Terms) -> list[Axis]:
     return renumbered
 
 
-def _each(rows: Terms, colour: Terms, kind: int) -> int:
-    """Indices that one channel of a kind removes from an axis."""
-    owners = rows[(rows >= 0) & (colour[np.maximum(rows, 0)] == kind)]
-    return int((owners == owners[0]).sum())
+def _each(axis: Axis, widths: Terms) -> dict[int, int]:
+    """Indices that one channel of each kind removes from an axis: the derivative of its size at full widths."""
+    found: dict[int, int] = {}
+    for count, kinds in axis.terms:
+        for kind in kinds:
+            beside = int(np.prod([widths[c] for c in kinds if c != kind], initial=1))
+            found[kind] = found.get(kind, 0) + count * beside
+    return found
 
 
 def _colours_of(axes: list[Terms], types: Types, colour: Terms) -> set[int]:
@@ -262,7 +266,7 @@ def _labels(members: dict[int, list[Member]]) -> dict[int, str]:
     used: dict[str, int] = {}
     labels = {}
     for kind, places in members.items():
-        first = min(places, key=lambda m: (m.axis != 0, places.index(m)))
+        first = next((m for m in places if m.axis == 0), places[0])
         label = first.tensor if first.axis == 0 else f"{first.tensor}:{first.axis}"
         used[label] = used.get(label, 0) + 1
         labels[kind] = label if used[label] == 1 else f"{label}#{used[label]}"

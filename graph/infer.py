@@ -241,9 +241,15 @@ def module_path(node: Node) -> str:
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """The parameter, buffer or constant of that fully qualified name."""
-    owner, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(owner), last)
+    """The parameter, buffer or constant of that fully qualified name; AttributeError if there is none."""
+    *path, last = name.split(".")
+    for part in path:  # straight to the tables: `get_submodule` checks every step, and this runs thousands of times
+        child = module._modules.get(part)
+        module = child if child is not None else getattr(module, part)
+    for table in (module._parameters, module._buffers):
+        if (found := table.get(last)) is not None:
+            return found
+    return getattr(module, last)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -192,8 +192,8 @@ class Store:
 
     def _merge(self, a: Terms, b: Terms, cause: Cause) -> list[tuple[Terms, Terms]]:
         """Join live roots pairwise; returns what must be unified because bindings met."""
-        old = np.unique(np.concatenate([a, b]))
-        bound = old[self._binding[old] >= 0]
+        old = np.concatenate([a, b])
+        bound = np.unique(old[self._binding[old] >= 0])
         products = self._binding[bound]
         while a.size:
             # Several pairs may name one root; the last link wins and the next round joins the rest.

@@ -25,23 +25,20 @@ def rewrite(types: Types, cut: Cut) -> Rewritten:
     The original graph and its tensors are left as they are.
     """
     original = types.captured.module
-    sliced = slice_tensors(types, cut)
-    root = nn.Module()
-    _register(root, sliced)
-    graph = Graph()
+    module = GraphModule(nn.Module(), Graph(), class_name="SlimGraph")
+    _register(module, slice_tensors(types, cut))
+    graph = Graph(owning_module=module)
     graph.output(graph.graph_copy(original.graph, {}))
     graph.set_codegen(original.graph._codegen)  # how arguments and results are packed
-    _copy_untensored(original, graph, root)
-    module = GraphModule(root, graph, class_name="SlimGraph")
-    _register(module, sliced)  # tied tensors under all their names, of which the graph reads only one
+    _copy_untensored(original, graph, module)
     # The output node is not part of `graph_copy`'s map; both graphs hold their nodes in the same order.
-    twins = dict(zip(original.graph.nodes, module.graph.nodes, strict=True))
+    twins = dict(zip(original.graph.nodes, graph.nodes, strict=True))
     work = Resizing(types, cut.alive)
     for old, new in twins.items():
         if old.op == "call_function" and (resize := rule.RESIZE.get(rule.operator_name(old))) and work.touches(old):
             resize(work, old, new)
-    module.graph.lint()
-    module.recompile()
+    graph.lint()
+    module.graph = graph  # generates the code, once
     module.eval()
     return Rewritten(module, twins)
 
@@ -70,9 +67,10 @@ def _register(root: nn.Module, tensors: dict[str, Tensor]) -> None:
         owner = root
         *path, last = name.split(".")
         for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
+            child = owner._modules.get(part)
+            if child is None:
+                child = owner._modules[part] = nn.Module()
+            owner = child
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(last, tensor)
         else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import InternalError, UsageError
-from .graph.groups import Group, Grouping
+from .graph.groups import Grouping
 from .graph.infer import Types, attribute
 
 Scores = npt.NDArray[np.float64]
@@ -42,20 +42,20 @@ class Subject:
         """Whether it is trained, not a buffer."""
         return isinstance(attribute(self.types.captured.module, name), torch.nn.Parameter)
 
-    def per_channel(self, group: Group, name: str, axis: int, per_index: Scores) -> Scores:
-        """Sum a number per index of one axis into a number per channel of a group."""
-        place = self.places(group)
-        factors = self.types.solution.factors(self.types.tensors[name][axis])
-        total = np.zeros(group.width + 1)
-        for column in range(factors.shape[1]):
-            np.add.at(total, place[factors[:, column]], per_index)
-        return total[:-1]
+    def sum_over_members(self, per_index: Callable[[str, int], Scores | None]) -> list[Scores]:
+        """Lift a number per index of a tensor's axis to channels: the sum over everything that goes with each.
 
-    def places(self, group: Group) -> npt.NDArray[np.int64]:
-        """For each variable its position in a group; the group's width for all others (and for -1)."""
-        place = np.full(self.types.solution.variables + 1, group.width)
-        place[group.variables] = np.arange(group.width)
-        return place
+        per_index: takes a tensor's name and an axis, gives [size of that axis], or None for what does not count.
+        """
+        total = np.zeros(self.types.solution.variables + 1)  # the last one takes what belongs to no variable
+        for name, axes in self.types.tensors.items():
+            for position, axis in enumerate(axes):
+                factors = self.types.solution.factors(axis)
+                values = per_index(name, position) if (factors >= 0).any() else None
+                if values is not None:
+                    for column in factors.T:
+                        np.add.at(total, column, values)  # -1, no variable, is the last entry
+        return [total[group.variables] for group in self.grouping.groups]
 
 
 Scorer = Callable[[Subject], list[Scores]]
