@@ -59,6 +59,20 @@ class Reader(nn.Module):
         return out
 
 
+class PreActivation(nn.Module):
+    """The stream is read as it is and normalised: the normalisation can only go into the convolution after it."""
+
+    def __init__(self, kernel: int, groups: int, bias: bool) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3), norm(8, 1)
+        self.conv = nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=groups, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        out: Tensor = self.conv(self.bn(y)) + y
+        return out
+
+
 def export(model: nn.Module, path: Path) -> tuple[onnx_format.OnnxModel, Counter[str]]:
     program = torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),), strict=False)
     written = onnx_format.export(program, path)
@@ -94,6 +108,27 @@ def test_a_head_on_two_resolutions_keeps_one_weight(tmp_path: Path) -> None:
 
 def test_a_normalisation_that_cannot_be_folded_is_named_with_the_reason(tmp_path: Path) -> None:
     model = Reader()
+    written, operators = export(model, tmp_path / "m.onnx")
+    assert operators["BatchNormalization"] == 1
+    assert written.unfolded == ("bn.weight: the output of its convolution has 1 other reader",)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(onnx_format.run(written.path, (x,)), outputs(model, x))
+
+
+@pytest.mark.parametrize(("groups", "bias"), [(1, True), (1, False), (4, True), (8, False)])
+def test_a_normalisation_of_a_shared_stream_folds_into_the_convolution_after_it(
+    tmp_path: Path, groups: int, bias: bool
+) -> None:
+    model = PreActivation(1, groups, bias)
+    written, operators = export(model, tmp_path / "m.onnx")
+    assert operators["BatchNormalization"] == 0
+    assert written.unfolded == ()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(onnx_format.run(written.path, (x,)), outputs(model, x))
+
+
+def test_a_normalisation_before_a_padding_convolution_stays_since_zeros_are_not_normalised(tmp_path: Path) -> None:
+    model = PreActivation(3, 1, True)
     written, operators = export(model, tmp_path / "m.onnx")
     assert operators["BatchNormalization"] == 1
     assert written.unfolded == ("bn.weight: the output of its convolution has 1 other reader",)
