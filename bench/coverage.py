@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "coverage.jsonl"
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 LIMIT_SECONDS = 180
 
 
@@ -31,8 +32,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="skip cases that have a row")
+    parser.add_argument("--render", action="store_true", help="only write docs/coverage.md from the rows there are")
     parser.add_argument("--retry", action="store_true", help="with --resume: run failed cases again")
     options = parser.parse_args()
+    if options.render:
+        render()
+        return
     from bench.cases import cases
 
     done = {row["case"] for row in rows() if not (options.retry and row.get("error"))} if options.resume else set()
@@ -42,6 +47,7 @@ def main() -> None:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(line(row), flush=True)
+    render()
 
 
 def rows() -> list[dict[str, Any]]:
@@ -139,6 +145,44 @@ def _describe(row: dict[str, Any], slim: Any, model: Any) -> None:
     row["eager"] = slim.plan.attributes is not None
     row["eager_note"] = slim.plan.attributes_note
     row["stages"] = {k: round(v, 3) for k, v in report.seconds.items() if v is not None}
+
+
+def render() -> None:
+    """Write docs/coverage.md from the rows there are."""
+    from bench.page import header
+
+    found = sorted(rows(), key=lambda row: row["case"])
+    done = [row for row in found if "error" not in row]
+    text = [
+        "# Coverage",
+        "",
+        header(threads=1).replace("coverage.py --render", "coverage.py"),
+        "",
+        f"{len(done)} of {len(found)} models are captured, cut to half of their FLOPs with any width, proven (removal "
+        "equals masking, float64), exported to ONNX and equal there within 1e-5. Weights are random. Detectors of "
+        "torchvision are compressed as backbone and heads, with post-processing left outside. *prunable*: parameters "
+        "in tensors that can shrink. *class*: the result is the model's own class; else the graph as a module. *s*: "
+        "seconds for all of it with one thread, on a machine that was busy with other work.",
+        "",
+        "| model | parameters | prunable | FLOPs left | proof | ONNX | class | any batch | s | frozen or failed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | ---: | --- |",
+        *(_cells(row) for row in found),
+    ]
+    PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def _cells(row: dict[str, Any]) -> str:
+    def number(key: str, form: str) -> str:
+        return format(row[key], form) if row.get(key) is not None else ""
+
+    note = row.get("error") or "; ".join(row.get("frozen", ()))
+    cells = [
+        row["case"], number("params", ","), number("prunable", ".1%"), number("got", ".3f"), number("verified", ".0e"),
+        number("onnx", ".0e"), "yes" if row.get("eager") else "no" if "eager" in row else "",
+        "yes" if row.get("dynamic_batch") else "no" if "dynamic_batch" in row else "", str(row["seconds"]),
+        note.replace("|", "/")[:200],
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
 
 
 def line(row: dict[str, Any]) -> str:

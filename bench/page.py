@@ -60,13 +60,21 @@ def header(threads: int | None = None) -> str:
             f"- Date: {datetime.date.today().isoformat()}",
             f"- Machine: {here.cpu} ({here.simd}), {here.logical_cores} logical cores{memory}{used}",
             f"- Versions: {', '.join(found)}",
-            f"- Command: `python -m {shlex.join([_script(sys.argv[0]), *sys.argv[1:]])}`",
+            f"- Command: `python -m {shlex.join([_script(sys.argv[0]), *_arguments(sys.argv[1:])])}`",
         ]
     )
 
 
 def _script(path: str) -> str:
     return f"bench.{Path(path).stem}"
+
+
+def _arguments(given: Sequence[str]) -> list[str]:
+    """What was asked for, without where the page was put."""
+    if "--out" not in given:
+        return list(given)
+    place = given.index("--out")
+    return [*given[:place], *given[place + 2 :]]
 
 
 def write(path: Path, title: str, parts: Sequence[str]) -> None:

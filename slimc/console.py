@@ -150,10 +150,11 @@ class Console:
         self._out.print(
             f"\n{escape(data['model'])}: {amount('flops', data['macs'])} MACs, {amount('params', data['params'])} "
             f"parameters, {amount('memory', data['memory'])} of activations at the peak; "
-            f"{100 * share:.3g}% of parameters lie in tensors that can shrink"
+            f"{100 * share:.3g}% of parameters lie in tensors that can shrink",
+            soft_wrap=True,
         )
         table = _table("group", "channels", "kind", "axes", "governs MACs", "governs params", right=(1, 3, 4, 5))
-        for row in _folded(data["groups"]):
+        for row in _rows(data["groups"]):
             table.add_row(*row)
         self._out.print(table)
         if not data["frozen"]:
@@ -251,18 +252,18 @@ def _accuracy_table(report: Report) -> Table:
     return table
 
 
-def _folded(groups: list[dict[str, Any]]) -> list[list[str]]:
-    """One row per group; runs of alike groups that differ in numbers only share a row, so that a page suffices."""
+def _rows(groups: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per group, by the first parameter that it shrinks."""
     from .budget import amount
 
-    rows: list[list[str]] = []
-    for group in groups:
-        name = group["name"].removesuffix(".weight")
-        kind = "exact" if group["exact"] else "renormalising"
-        rows.append(
-            [
-                escape(name), str(group["width"]), kind, str(len(group["members"])),
-                amount("flops", group["governs_macs"]), amount("params", group["governs_params"]),
-            ]
-        )  # fmt: skip
-    return rows
+    return [
+        [
+            escape(group["name"].removesuffix(".weight")),
+            str(group["width"]),
+            "exact" if group["exact"] else "renormalising",
+            str(len(group["members"])),
+            amount("flops", group["governs_macs"]),
+            amount("params", group["governs_params"]),
+        ]
+        for group in groups
+    ]
