@@ -149,40 +149,47 @@ def _describe(row: dict[str, Any], slim: Any, model: Any) -> None:
 
 def render() -> None:
     """Write docs/coverage.md from the rows there are."""
-    from bench.page import header
+    from bench import page
 
     found = sorted(rows(), key=lambda row: row["case"])
     done = [row for row in found if "error" not in row]
-    text = [
-        "# Coverage",
-        "",
-        header(threads=1).replace("coverage.py --render", "coverage.py"),
-        "",
+    note = (
         f"{len(done)} of {len(found)} models are captured, cut to half of their FLOPs with any width, proven (removal "
         "equals masking, float64), exported to ONNX and equal there within 1e-5. Weights are random. Detectors of "
         "torchvision are compressed as backbone and heads, with post-processing left outside. *prunable*: parameters "
         "in tensors that can shrink. *class*: the result is the model's own class; else the graph as a module. *s*: "
-        "seconds for all of it with one thread, on a machine that was busy with other work.",
-        "",
-        "| model | parameters | prunable | FLOPs left | proof | ONNX | class | any batch | s | frozen or failed |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | ---: | --- |",
-        *(_cells(row) for row in found),
+        "seconds for all of it with one thread, on a machine that was busy with other work."
+    )
+    columns = [
+        "model",
+        "parameters",
+        "prunable",
+        "FLOPs left",
+        "proof",
+        "ONNX",
+        "class",
+        "any batch",
+        "s",
+        "frozen or failed",
     ]
-    PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
+    page.write(
+        PAGE,
+        "Coverage",
+        [page.header().replace(" --render", ""), note, page.table(columns, [_cells(row) for row in found])],
+    )
 
 
-def _cells(row: dict[str, Any]) -> str:
+def _cells(row: dict[str, Any]) -> list[str]:
     def number(key: str, form: str) -> str:
         return format(row[key], form) if row.get(key) is not None else ""
 
     note = row.get("error") or "; ".join(row.get("frozen", ()))
-    cells = [
+    return [
         row["case"], number("params", ","), number("prunable", ".1%"), number("got", ".3f"), number("verified", ".0e"),
         number("onnx", ".0e"), "yes" if row.get("eager") else "no" if "eager" in row else "",
         "yes" if row.get("dynamic_batch") else "no" if "dynamic_batch" in row else "", str(row["seconds"]),
         note.replace("|", "/")[:200],
     ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
 
 
 def line(row: dict[str, Any]) -> str:
