@@ -35,6 +35,7 @@ format: $(STAMP) ## put style and formatting right
 types: $(STAMP) ## check the types of the package and of the tests
 	$(BIN)/mypy -p slimc
 	$(BIN)/mypy tests
+	MYPYPATH=tests $(BIN)/mypy -p bench
 
 check: lint types test ## everything that a change must pass
 

@@ -138,7 +138,7 @@ def _size_hint(name: str) -> tuple[int, int, str]:
 def _timm(name: str) -> tuple[nn.Module, Any]:
     import timm
 
-    model = timm.create_model(name, pretrained=False)
+    model: Any = timm.create_model(name, pretrained=False)
     size = model.default_cfg.get("input_size", (3, 224, 224))
     if model.default_cfg.get("fixed_input_size") is False and size[-1] > 256:
         size = (3, 224, 224)

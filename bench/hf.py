@@ -68,31 +68,25 @@ CAUSAL = {
 
 def build(name: str) -> tuple[nn.Module, Any]:
     """(model, inputs by name) of one family."""
-    from transformers import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-        AutoModelForSequenceClassification,
-        DeiTForImageClassification,
-        LevitForImageClassification,
-    )
+    import transformers
 
+    library: Any = transformers  # its classes are chosen by name here
     config = _config(name)
     if name in VISION:
-        # Two classes serve these families, and the automatic choice cannot tell which is meant.
-        named = {"deit": DeiTForImageClassification, "levit": LevitForImageClassification}
-        model = (
-            named[name]._from_config(config) if name in named else AutoModelForImageClassification.from_config(config)
-        )
+        # Two classes serve some families, and the automatic choice cannot tell which is meant.
+        named = {"deit": "DeiTForImageClassification", "levit": "LevitForImageClassification"}
+        if name in named:
+            model = getattr(library, named[name])._from_config(config)
+        else:
+            model = library.AutoModelForImageClassification.from_config(config)
         side = getattr(config, "image_size", SIDE) or SIDE
         side = side if isinstance(side, int) else side[0]
         return model, {"pixel_values": torch.randn(BATCH, 3, min(side, 224), min(side, 224))}
     if name in CAUSAL:
-        return AutoModelForCausalLM.from_config(config), {"input_ids": _tokens()}
+        return library.AutoModelForCausalLM.from_config(config), {"input_ids": _tokens()}
     # With a head, as models are deployed: the last hidden state of a bare encoder is an output, so it cannot shrink.
-    kinds = AutoModelForSequenceClassification if name in ENCODERS else AutoModel
-    model = kinds.from_config(config)
-    return model, _inputs(name, config)
+    kinds = library.AutoModelForSequenceClassification if name in ENCODERS else library.AutoModel
+    return kinds.from_config(config), _inputs(name, config)
 
 
 def _config(name: str) -> Any:

@@ -120,5 +120,5 @@ class Detector(nn.Module):
         o5 = self.o5(torch.cat([self.d4(o4), p5], 1))
         levels = [torch.cat((a(f), b(f)), 1) for a, b, f in zip(self.cv2, self.cv3, (n3, o4, o5), strict=True)]
         joined = torch.cat([level.view(x.shape[0], self.no, -1) for level in levels], 2)
-        box, scores = joined.split((4 * self.bins, self.classes), 1)
+        box, scores = torch.split(joined, [4 * self.bins, self.classes], 1)
         return torch.cat((self.dfl(box), scores.sigmoid()), 1)
