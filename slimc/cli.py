@@ -38,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="machine-readable output on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no summary; errors only")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in --out")]
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="do not measure latency")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder [default: MODEL-slim]")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder (default: MODEL-slim)")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 
 

@@ -118,6 +118,8 @@ class Console:
         self._out.print(_cost_table(report))
         if report.latency:
             self._out.print(_latency_table(report))
+        for reason in report.latency_skipped:
+            self._out.print(f"[dim]not measured on {escape(reason)}[/dim]", soft_wrap=True)
         proof = report.verification
         if proof is not None:
             self._out.print(

@@ -140,12 +140,11 @@ class Compressed:
                 self.warn([f"latency was not measured, since the original cannot be exported: {error}"])
                 return ()
             results = latency_of.measure_all(before, path, **options)
-        rows = []
+        rows = tuple(_row(r) for r in results if r.skipped is None and r.speedup is not None)
+        skipped = tuple(f"{r.provider}: {r.skipped}" for r in results if r.skipped is not None)
+        self.report = replace(self.report, latency=rows or None, latency_skipped=skipped)
         for result in results:
-            if result.skipped is None and result.speedup is not None:
-                rows.append(_row(result))
             self.warn(result.warnings)
-        self.report = replace(self.report, latency=tuple(rows) or None)
         return results
 
     def save(

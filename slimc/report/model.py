@@ -200,6 +200,7 @@ class Report:
     accuracy: Accuracy | None = None
     onnx: OnnxFile | None = None
     latency: tuple[Latency, ...] | None = None
+    latency_skipped: tuple[str, ...] = ()
     files: tuple[OutputFile, ...] = ()
     warnings: tuple[str, ...] = ()
 
