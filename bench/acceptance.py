@@ -1,4 +1,4 @@
-"""Compress many networks to many budgets through the public interface, and check every result independently.
+"""Compress many networks to many budgets through the public interface, and check every result.
 
 Rows are written to a .jsonl file as they finish (--resume keeps those that are there) and drawn as a table.
 """
@@ -186,8 +186,9 @@ def render(rows: Sequence[Row], path: Path, notes: Sequence[str]) -> None:
         "MACs are counted on the model before and on the graph after, by torch's FLOP counter. *asked* ends in ↑ where "
         "the budget cannot be reached and the smallest that can was asked instead. *gap*: asked less left, in percent "
         f"of the original; at most {100 * CLOSE:g} where any width is allowed. *align*: widths are multiples of this. "
-        "*step*: whether no group can keep one rounding step more within the budget. *predicted*: whether the report's "
-        "MACs equal those counted. *BN*: batch normalisations after a convolution in the ONNX file. *frozen*: "
+        "*step*: whether no group can keep one rounding step more within the budget, by slimc's cost model. "
+        "*predicted*: whether the report's MACs equal those counted. *BN*: batch normalisations after a "
+        "convolution in the ONNX file. *frozen*: "
         "parameters that no cut can shrink, and operators that block one, besides inputs and outputs. *class*: the "
         "result is the model's own class (else the graph as a module). Errors are relative to the largest output. "
         f"*s*: seconds of compression and of writing everything; at most {SECONDS:g} in all. "

@@ -1,4 +1,4 @@
-"""Checks of a compression that do not trust slimc's own figures."""
+"""Checks of a compression. MACs and ONNX files are judged without slimc; steps and groups with its own cost model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Scaled dot-product attention.
 
 query [..., H, L, E], key [..., H_kv, S, E], value [..., H_kv, S, Ev] -> [..., H, L, Ev]. Heads and head sizes
-may shrink; the scale is part of the trained function, so it keeps its original value.
+may shrink, E and Ev alike where they are the same number; the scale is part of the trained function, so it keeps
+its original value.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ def attention(walk: Inference, node: Node) -> Axes:
     """Query and key share E; key and value share S, which softmax needs whole."""
     call = arguments(node)
     query, key, value = (walk.axes(call[name]) for name in ("query", "key", "value"))
+    if len(query[-1]) == len(value[-1]):
+        # Arithmetic lets them differ, but models compute both from one head size; so their own class can shrink.
+        walk.unify(node, query[-1], value[-1])
     walk.unify(node, query[-1], key[-1])
     walk.unify(node, key[-2], value[-2])
     walk.freeze(node, key[-2], "attention needs the sequence whole", "structure")

@@ -62,7 +62,7 @@ class MultiheadAttention(nn.Module):
 
 # Each of 2 key heads serves 2 query heads: q heads are (key head, repeat).
 @case(
-    "2: q.o k.o v.o out.i", "2: q.o out.i", "4: q.o k.o", "4: v.o out.i",
+    "2: q.o k.o v.o out.i", "2: q.o out.i", "4: q.o k.o v.o out.i",
     inputs=features(5, 8), own_class=False,
 )  # fmt: skip
 class GroupedQueryByExpand(nn.Module):
@@ -81,7 +81,7 @@ class GroupedQueryByExpand(nn.Module):
 
 
 # The operator repeats by the ratio of the two head counts, so the ratio may shrink too.
-@case("2: q.o k.o v.o out.i", "4: q.o k.o", "4: v.o out.i", inputs=features(5, 8), own_class=False)
+@case("2: q.o k.o v.o out.i", "4: q.o k.o v.o out.i", inputs=features(5, 8), own_class=False)
 class GroupedQueryByFlag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -96,8 +96,8 @@ class GroupedQueryByFlag(nn.Module):
         return self.out(x.transpose(1, 2).reshape(b, n, 16))
 
 
-# Learned queries are read one by one by the output, so all three stay; their features are the keys'.
-@case("8: query:2 k.o", "8: v.o fc.i", inputs=features(5, 8), own_class=False)
+# Learned queries are read one by one by the output, so all three stay; their features are the keys' and the values'.
+@case("8: query:2 k.o v.o fc.i", inputs=features(5, 8), own_class=False)
 class LearnedQueries(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class WeightNorm(nn.Module):
 
 # A table looked up by a fixed index (a relative position bias) keeps its rows; its columns are the heads.
 @case(
-    "2: q.o k.o v.o out.i table:1", "4: q.o k.o", "4: v.o out.i",
+    "2: q.o k.o v.o out.i table:1", "4: q.o k.o v.o out.i",
     inputs=features(4, 8), own_class=False,
 )  # fmt: skip
 class PositionBias(nn.Module):
