@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .groups import Grouping
-from .infer import Types, attribute, tensors_of
+from .infer import Types, tensors_of
 from .rule import operator_name
 from .terms import Terms
 
@@ -48,7 +48,7 @@ class Model:
         number = grouping.axis_number
         self._macs = _Products([(c, [number[id(a)] for a in axes]) for c, axes in types.macs])
         owners = [(name, [number[id(a)] for a in axes]) for name, axes in types.tensors.items()]
-        tensors = {name: attribute(types.captured.module, name) for name, _ in owners}
+        tensors = types.weights
         trained = [(1.0, axes) for name, axes in owners if isinstance(tensors[name], torch.nn.Parameter)]
         self._params = _Products(trained)
         self._bytes = _Products([(float(tensors[name].element_size()), axes) for name, axes in owners])
@@ -102,7 +102,7 @@ class _Products:
 def _unused(types: Types) -> tuple[int, int]:
     """Parameters and bytes that the graph never reads but the file carries."""
     module = types.captured.module
-    used = {id(attribute(module, name)) for name in types.tensors}
+    used = {id(tensor) for tensor in types.weights.values()}
     rest = {id(t): t for t in [*module.parameters(), *module.buffers()] if id(t) not in used}.values()
     params = sum(t.numel() for t in rest if isinstance(t, torch.nn.Parameter))
     return params, sum(t.numel() * t.element_size() for t in rest)

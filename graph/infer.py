@@ -24,6 +24,7 @@ class Types:
 
     values: axes of each node's value (a tuple of axes for several results, None for what is no tensor).
     tensors: axes of each parameter and buffer that the graph uses, by fully qualified name.
+    weights: those tensors themselves.
     aliases: names of the same tensor, for each name in `tensors` that has any.
     renormalising: axes over which statistics are taken, with the node that takes them.
     macs: multiply-accumulates of the example batch: constants times products of axis sizes.
@@ -33,6 +34,7 @@ class Types:
     captured: Captured
     values: dict[Node, Value]
     tensors: dict[str, Axes]
+    weights: dict[str, Tensor]
     aliases: dict[str, tuple[str, ...]]
     renormalising: tuple[tuple[Node, Terms], ...]
     macs: tuple[tuple[float, tuple[Terms, ...]], ...]
@@ -51,6 +53,7 @@ def infer(captured: Captured) -> Types:
         captured,
         walk.values,
         walk.tensors,
+        walk.weights,
         {name: tuple(walk.aliases[name]) for name in walk.tensors if len(walk.aliases.get(name, ())) > 1},
         tuple(walk.renormalising),
         tuple(walk.macs),
@@ -69,6 +72,7 @@ class Inference:
         self.store = Store()
         self.values: dict[Node, Value] = {}
         self.tensors: dict[str, Axes] = {}
+        self.weights: dict[str, Tensor] = {}
         # Tied weights reach the graph under one of their names; the model's order says which one is theirs.
         self.aliases: dict[str, list[str]] = {}
         self._name_of: dict[int, str] = {}
@@ -157,6 +161,7 @@ class Inference:
         first = self._name_of.setdefault(id(tensor), name)
         if first not in self.tensors:
             self.tensors[first] = self._own_axes(first, tensor)
+            self.weights[first] = tensor
         return self.tensors[first]
 
     def _own_axes(self, name: str, tensor: Tensor) -> Axes:

@@ -23,6 +23,8 @@ class Cut:
         self.types = types
         self.alive = alive
         self._masks: dict[int, Kept] = {}
+        self._indices: dict[int, torch.Tensor] = {}
+        self._whole: dict[int, bool] = {}
 
     def kept(self, axis: Terms) -> Kept:
         """Which indices of an axis survive."""
@@ -33,11 +35,17 @@ class Cut:
 
     def whole(self, axis: Terms) -> bool:
         """Whether nothing of an axis is removed."""
-        return bool(self.kept(axis).all())
+        found = self._whole.get(id(axis))
+        if found is None:
+            found = self._whole[id(axis)] = bool(self.kept(axis).all())
+        return found
 
     def indices(self, axis: Terms) -> torch.Tensor:
         """The surviving indices, ascending."""
-        return torch.from_numpy(np.flatnonzero(self.kept(axis)))
+        found = self._indices.get(id(axis))
+        if found is None:
+            found = self._indices[id(axis)] = torch.from_numpy(np.flatnonzero(self.kept(axis)))
+        return found
 
     def shape(self, axes: tuple[Terms, ...]) -> tuple[int, ...]:
         """The sizes that are left."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import PlanError
 from .graph.groups import Grouping
-from .graph.infer import Types, attribute
+from .graph.infer import Types
 from .graph.resize import Cut
 
 FORMAT = 1
@@ -119,8 +119,7 @@ class Plan:
 
     def alive(self, types: Types) -> npt.NDArray[np.bool_]:
         """Which variables of a model live under this plan; checks that coupled indices go together."""
-        module = types.captured.module
-        tensors = {name: attribute(module, name) for name in types.tensors}
+        tensors = types.weights
         aliases = {alias: first for first, names in types.aliases.items() for alias in names}
         self._check_tensors(tensors | {alias: tensors[first] for alias, first in aliases.items()})
         _check_ties(types, self.kept)

@@ -37,7 +37,6 @@ def rewrite(types: Types, cut: Cut) -> Rewritten:
     for old, new in twins.items():
         if old.op == "call_function" and (resize := rule.RESIZE.get(rule.operator_name(old))) and work.touches(old):
             resize(work, old, new)
-    graph.lint()
     module.graph = graph  # generates the code, once
     module.eval()
     return Rewritten(module, twins)
@@ -47,7 +46,7 @@ def slice_tensors(types: Types, cut: Cut) -> dict[str, Tensor]:
     """Every parameter and buffer of the graph with only its kept indices, by every name it has."""
     sliced: dict[str, Tensor] = {}
     for name, axes in types.tensors.items():
-        tensor = attribute(types.captured.module, name)
+        tensor = types.weights[name]
         small = tensor.detach()
         for position, axis in enumerate(axes):
             if not cut.whole(axis):
@@ -80,7 +79,7 @@ def _register(root: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _copy_untensored(original: GraphModule, graph: Graph, root: nn.Module) -> None:
     """What the graph reads besides tensors: sub-graphs of higher-order operators and constant objects."""
     for node in graph.nodes:
-        if node.op != "get_attr":
+        if node.op != "get_attr" or isinstance(node.meta.get("val"), Tensor):
             continue
         value = attribute(original, str(node.target))
         if not isinstance(value, Tensor):

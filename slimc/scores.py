@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import InternalError, UsageError
 from .graph.groups import Grouping
-from .graph.infer import Types, attribute
+from .graph.infer import Types
 
 Scores = npt.NDArray[np.float64]
 """[width] one number per channel of a group."""
@@ -35,26 +35,26 @@ class Subject:
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by its fully qualified name."""
-        found: Tensor = attribute(self.types.captured.module, name).detach()
-        return found
+        return self.types.weights[name].detach()
 
     def is_parameter(self, name: str) -> bool:
         """Whether it is trained, not a buffer."""
-        return isinstance(attribute(self.types.captured.module, name), torch.nn.Parameter)
+        return isinstance(self.types.weights[name], torch.nn.Parameter)
 
-    def sum_over_members(self, per_index: Callable[[str, int], Scores | None]) -> list[Scores]:
-        """Lift a number per index of a tensor's axis to channels: the sum over everything that goes with each.
+    def sum_over_members(self, per_index: Callable[[str, list[int]], dict[int, Scores] | None]) -> list[Scores]:
+        """Lift numbers per index of tensor axes to channels: the sum over everything that goes with each channel.
 
-        per_index: takes a tensor's name and an axis, gives [size of that axis], or None for what does not count.
+        per_index: takes a tensor's name and its axes that hold channels, gives [size] for each of these axes; None
+            where the tensor does not count.
         """
-        total = np.zeros(self.types.solution.variables + 1)  # the last one takes what belongs to no variable
+        total = np.zeros(self.types.solution.variables + 1)
         for name, axes in self.types.tensors.items():
-            for position, axis in enumerate(axes):
-                factors = self.types.solution.factors(axis)
-                values = per_index(name, position) if (factors >= 0).any() else None
-                if values is not None:
-                    for column in factors.T:
-                        np.add.at(total, column, values)  # -1, no variable, is the last entry
+            factors = {position: self.types.solution.factors(axis) for position, axis in enumerate(axes)}
+            held = [position for position, found in factors.items() if (found >= 0).any()]
+            values = per_index(name, held) if held else None
+            for position, own in (values or {}).items():
+                for column in factors[position].T:
+                    np.add.at(total, column, own)  # -1, no variable, is the last entry
         return [total[group.variables] for group in self.grouping.groups]
 
 

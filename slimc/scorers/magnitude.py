@@ -24,13 +24,25 @@ def magnitude(subject: Subject) -> list[Scores]:
     if order is None:
         raise UsageError(f"--norm {subject.norm}: known norms are {' and '.join(ORDER)}")
 
-    def powers(name: str, axis: int) -> Scores | None:
+    def powers(name: str, axes: list[int]) -> dict[int, Scores] | None:
         if not subject.is_parameter(name):  # a buffer: statistics say nothing of a channel's weight
             return None
         tensor = subject.tensor(name).float()
-        others = [other for other in range(tensor.dim()) if other != axis]
-        norm = torch.linalg.vector_norm(tensor, order, others) if others else tensor.abs()
-        return np.asarray(norm.double().cpu()) ** order
+        inner = [axis for axis in range(tensor.dim()) if axis not in axes]  # kernels: no channel lies there
+        size = tensor.shape
+        if all(size[axis] == 1 for axis in inner):
+            flat = tensor.reshape([size[axis] for axis in axes])
+        else:
+            flat = torch.linalg.vector_norm(tensor, order, inner)
+        power = flat.abs() if order == 1 else flat.square()
+        return {axis: _along(power, place) for place, axis in enumerate(axes)}
 
     sums = subject.sum_over_members(powers)
     return sums if order == 1 else [np.sqrt(own) for own in sums]
+
+
+def _along(power: torch.Tensor, axis: int) -> Scores:
+    """Sum over all axes but one."""
+    others = [other for other in range(power.dim()) if other != axis]
+    sums = power.sum(others) if others else power
+    return np.asarray(sums.double().cpu())
