@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from .graph.capture import Example, tensors_only
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut, Resizing
+from .graph.rule import arguments
 from .rewrite import Rewritten
 
 Attributes = dict[str, dict[str, Any]]
@@ -114,9 +115,13 @@ class _Evidence:
     inputs: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     outputs: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     literals: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    arguments: dict[tuple[str, int], set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def new_value(self, name: str, value: int) -> int | None:
         """What an attribute becomes; None where the evidence says nothing or does not agree."""
+        # An operator's argument of that very name settles it: 32 groups of 32 channels stay 32 groups.
+        if len(found := self.arguments.get((name, value), set())) == 1:
+            return next(iter(found))
         tables = [self.literals, self.anywhere]
         if name.startswith("in_") or "_in_" in name or name.startswith("input"):
             tables = [self.inputs]
@@ -174,6 +179,10 @@ def _collect(model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten) -> 
                 evidence.anywhere[old].add(new)
         for old, new in _literals(old_node, new_node):
             evidence.literals[old].add(new)
+        before, after = arguments(old_node), arguments(new_node)
+        for name, value in before.items():
+            if isinstance(value, int) and isinstance(left := after.get(name), int):
+                evidence.arguments[name, value].add(left)
     return found
 
 
@@ -192,6 +201,5 @@ def _literals(old: Node, new: Node) -> Iterator[tuple[int, int]]:
     before = pytree.tree_leaves((old.args, old.kwargs))
     after = pytree.tree_leaves((new.args, new.kwargs))
     for a, b in zip(before, after, strict=False):
-        # Literals that stay are evidence too: 32 groups of 32 channels stay 32 when the channels become 29.
-        if isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool):
+        if isinstance(a, int) and isinstance(b, int) and not isinstance(a, bool) and a != b:
             yield a, b

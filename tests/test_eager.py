@@ -222,3 +222,19 @@ def test_whatever_comes_back_computes_what_the_graph_computes() -> None:
         torch.testing.assert_close(slim.module(x), slim.graph(x))
     if isinstance(slim.module, Misleading):
         assert slim.module.alpha == 16
+
+
+def test_the_number_of_groups_is_told_from_a_group_width_of_the_same_size() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(64, 8, 1)
+    ).eval()
+    with torch.no_grad():  # one channel of each of the 8 groups of 8 matters least, so that the width alone shrinks
+        model[0].weight[0::8] *= 1e-3  # type: ignore[operator, index]
+        model[0].bias[0::8] *= 1e-3  # type: ignore[operator, index]
+        model[2].weight[:, 0] *= 1e-3  # type: ignore[operator, index]
+    slim = slimc.compress(model, torch.randn(2, 3, 8, 8), flops=0.93, round_to=1)
+    grouped = slim.module[2]  # type: ignore[index]
+    assert isinstance(grouped, nn.Conv2d)
+    assert grouped.groups == 8
+    assert grouped.weight.shape[1] == 7
