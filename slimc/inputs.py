@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import load_arrays
+from .datasets import load_arrays
 from .errors import UsageError
 from .graph.capture import Example
 

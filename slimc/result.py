@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 
 from . import recover
 from .analysis import Analysis, Stages
-from .data import examples
 from .errors import OutputError
 from .exporters import latency as latency_of
 from .exporters.artifact import whole_folder
@@ -27,6 +26,7 @@ from .graph.capture import program_of
 from .graph.infer import attribute
 from .plan import Plan
 from .report import Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
+from .samples import collect
 
 PURPOSE = {
     "model.onnx": "dense ONNX model for deployment",
@@ -83,7 +83,7 @@ class Compressed:
         with self.stages.stage("recover"), evaluating(self.graph):
             captured = self.analysis.captured
             fixed = captured.batch if captured.dynamic_shapes is None else None
-            detail = recover.find(name).run(self.graph, examples(data, captured.example, batch=fixed))
+            detail = recover.find(name).run(self.graph, collect(data, captured.example, batch=fixed).examples())
         if self.module is not self.graph:
             _copy_tensors(self.graph, self.module)
         self.note_recovery(name, detail)

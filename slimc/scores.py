@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,12 @@ from torch import Tensor
 from .errors import InternalError, UsageError
 from .graph.groups import Grouping
 from .graph.infer import Types
+from .samples import Samples
+
+Need = Literal["weights", "inputs", "labels"]
+"""What a scorer looks at besides the model: nothing, batches of inputs, or inputs with labels."""
+Loss = Callable[[Any, Any], Tensor]
+"""Takes the model's outputs and the targets of a batch, gives a scalar."""
 
 Scores = npt.NDArray[np.float64]
 """[width] one number per channel of a group."""
@@ -26,12 +33,20 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Subject:
-    """What a scorer may look at."""
+    """What a scorer may look at.
+
+    samples: batches where there are any; with targets for scorers that need labels.
+    loss: the user's own, or None for cross entropy.
+    tick: called after each batch with how many are done and how many there are.
+    """
 
     types: Types
     grouping: Grouping
     norm: str
     seed: int
+    samples: Samples | None = None
+    loss: Loss | None = None
+    tick: Callable[[int, int], None] = lambda done, of: None
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by its fully qualified name."""
@@ -69,18 +84,19 @@ class Method:
     summary: str
     source: str
     score: Scorer
+    needs: Need
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def scorer(name: str, summary: str, source: str) -> Callable[[Scorer], Scorer]:
+def scorer(name: str, summary: str, source: str, needs: Need = "weights") -> Callable[[Scorer], Scorer]:
     """Register a scorer under the name that users type."""
 
     def register(function: Scorer) -> Scorer:
         if name in _METHODS:
             raise InternalError(f"two scorers are called {name!r}")
-        _METHODS[name] = Method(name, summary, source, function)
+        _METHODS[name] = Method(name, summary, source, function, needs)
         return function
 
     return register

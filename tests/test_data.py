@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimc.data import examples, load_arrays, open_data
+from slimc.data import open_data
+from slimc.datasets import load_arrays
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
+from slimc.samples import collect
 
 X, Y, LABELS = torch.arange(12.0).view(4, 3), torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
 ONE = Example((X,), {})
@@ -22,8 +24,8 @@ NAMED = Example((), {"left": X, "right": Y})
 
 
 def only(batch: Any, like: Example) -> Example:
-    (example,) = examples([batch], like)
-    return example
+    (found,) = collect([batch], like).batches
+    return found.example
 
 
 @pytest.mark.parametrize("batch", [X, (X,), [X], (X, LABELS), [X, LABELS], (X, LABELS, "name")])
@@ -88,19 +90,21 @@ def test_batches_are_read_until_there_are_samples_enough(limit: int, batches: in
             read.append(number)
             yield X
 
-    assert len(list(examples(three(), ONE, limit))) == batches
+    found = collect(three(), ONE, limit)
+    assert len(found.batches) == batches
+    assert found.count == min(limit, 12)
     assert len(read) == batches
 
 
 def test_batches_are_split_to_the_only_size_that_a_model_takes() -> None:
     rows = torch.arange(33.0).view(11, 3)
-    parts = list(examples([rows[:7], rows[7:8], rows[8:]], ONE, batch=2))
+    parts = collect([rows[:7], rows[7:8], rows[8:]], ONE, batch=2).examples()
     assert [part.args[0][:, 0].tolist() for part in parts] == [[0, 3], [6, 9], [12, 15], [24, 27]]
 
 
 def test_a_data_loader_is_taken_as_it_is() -> None:
     loader = DataLoader(TensorDataset(X, LABELS), batch_size=3)
-    assert [len(example.tensors()[0]) for example in examples(loader, ONE)] == [3, 1]
+    assert [batch.count for batch in collect(loader, ONE).batches] == [3, 1]
 
 
 # -- from the command line ----------------------------------------------------------------------------
@@ -180,5 +184,7 @@ def test_a_function_of_the_users_own_package_gives_the_batches(tmp_path: Path, m
 
 @pytest.mark.parametrize("text", ["", "npz", "npz:", "module", ":function"])
 def test_a_source_without_both_parts_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"wanted npz:FILE or package\.module:function"):
+    with pytest.raises(
+        UsageError, match=r"wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package\.module:function"
+    ):
         open_data(text)

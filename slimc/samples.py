@@ -1,0 +1,194 @@
+"""Samples: the batches that scorers and recovery look at, checked once and kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .graph.capture import Example
+
+LIMIT = 512
+_AFFORDABLE_MACS = 5e11
+_FEWEST = 32
+_TARGETS = ("labels", "label", "targets", "target")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs with as many samples as the first axis of the first tensor says, and their labels if there are any.
+
+    targets: whatever came beside the inputs, on the inputs' device; None without labels.
+    """
+
+    example: Example
+    targets: Any | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self.example.tensors()[0])
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of its samples."""
+
+        def cut(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == self.count else value
+
+        targets = self.targets
+        if isinstance(targets, Mapping):
+            targets = {name: cut(value) for name, value in targets.items()}
+        elif isinstance(targets, (tuple, list)):
+            targets = type(targets)(cut(value) for value in targets)
+        return Batch(self.example.map(cut), cut(targets))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batches in memory.
+
+    source: where they come from, in words for the report.
+    """
+
+    batches: tuple[Batch, ...]
+    source: str
+
+    @property
+    def count(self) -> int:
+        """Number of samples in all batches."""
+        return sum(batch.count for batch in self.batches)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every batch has targets."""
+        return all(batch.targets is not None for batch in self.batches)
+
+    def examples(self) -> Iterator[Example]:
+        """The inputs alone, batch by batch."""
+        return (batch.example for batch in self.batches)
+
+    def split(self, share: float) -> tuple[Samples, Samples]:
+        """Two parts, the second with `share` of every batch that has two samples or more: to fit on, and to judge by.
+
+        Raises UsageError where there is only one sample.
+        """
+        if self.count < 2:
+            raise UsageError(f"{self.source} gave {self.count} sample; at least 2 are needed, better a few hundred")
+        fit: list[Batch] = []
+        judge: list[Batch] = []
+        if all(batch.count == 1 for batch in self.batches):  # a fixed batch size of one: whole batches are set aside
+            every = max(2, round(1 / share))
+            for number, batch in enumerate(self.batches):
+                (judge if number % every == every - 1 or number == len(self.batches) - 1 else fit).append(batch)
+            return Samples(tuple(fit), self.source), Samples(tuple(judge), self.source)
+        for batch in self.batches:
+            held = min(batch.count - 1, max(1, round(batch.count * share)))
+            fit.append(batch[: batch.count - held])
+            if held:
+                judge.append(batch[batch.count - held :])
+        return Samples(tuple(fit), self.source), Samples(tuple(judge), self.source)
+
+
+def affordable(macs: float) -> int:
+    """How many samples are looked at unless the user says: 512, fewer where one takes long, never fewer than 32."""
+    return int(min(LIMIT, max(_FEWEST, _AFFORDABLE_MACS / max(macs, 1.0))))
+
+
+def collect(
+    data: Iterable[Any], like: Example, limit: int = LIMIT, batch: int | None = None, source: str = "--data"
+) -> Samples:
+    """Read up to `limit` samples from batches of tensors, (inputs, targets) or dictionaries.
+
+    like: the model's example inputs; types and sizes must be the same. batch: the only batch size that the model
+    takes, if there is one: larger batches are split to it and what is left over is not used.
+    Raises UsageError where a batch holds other inputs, or numbers that are not finite, or there is none.
+    """
+    found: list[Batch] = []
+    left = limit
+    device = next((tensor.device for tensor in like.tensors()), None)
+    for number, item in enumerate(data, 1):
+        whole = _batch(item, like)
+        _check_alike(whole.example.tensors(), like.tensors())
+        _check_finite(whole, number)
+        for part in _parts(whole, batch, left):
+            found.append(_to(part, device))
+            left -= part.count
+        if left <= 0:
+            break
+    if not found:
+        wanted = f" with {batch} samples, the only batch size that the model takes" if batch else ""
+        raise UsageError(f"{source} gave no batch{wanted}")
+    return Samples(tuple(found), source)
+
+
+def _parts(whole: Batch, size: int | None, left: int) -> list[Batch]:
+    if size is None:
+        return [whole[:left]]
+    starts = range(0, whole.count - size + 1, size)
+    return [whole[at : at + size] for at in starts][: -(-left // size)]
+
+
+def _to(batch: Batch, device: torch.device | None) -> Batch:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    targets = batch.targets
+    if isinstance(targets, Mapping):
+        targets = {name: move(value) for name, value in targets.items()}
+    elif isinstance(targets, (tuple, list)):
+        targets = type(targets)(move(value) for value in targets)
+    return Batch(batch.example.map(move), move(targets))
+
+
+def _batch(item: Any, like: Example) -> Batch:
+    targets: Any | None = None
+    if isinstance(item, (tuple, list)) and item and isinstance(item[0], Mapping):
+        targets = item[1] if len(item) > 1 else None
+        item = item[0]
+    if isinstance(item, Tensor):
+        item = (item,)
+    # What is no tensor in the example (a flag, None) need not be in a batch.
+    if isinstance(item, Mapping) and like.kwargs:
+        missing = [name for name, value in like.kwargs.items() if isinstance(value, Tensor) and name not in item]
+        if missing:
+            held = ", ".join(map(str, item)) or "nothing"
+            raise UsageError(f"a batch of --data lacks {', '.join(missing)}; it has {held}")
+        if targets is None:
+            targets = next((item[name] for name in _TARGETS if name in item and name not in like.kwargs), None)
+        return Batch(Example((), {name: item.get(name, value) for name, value in like.kwargs.items()}), targets)
+    if isinstance(item, (tuple, list)) and like.args:
+        given, rest, beside = item[: len(like.args)], like.args[len(item) :], item[len(like.args) :]
+        if item and not any(isinstance(value, Tensor) for value in rest):
+            targets = None if not beside else beside[0] if len(beside) == 1 else tuple(beside)
+            return Batch(Example((*given, *rest), {}), targets)
+    raise UsageError(
+        f"a batch of --data is {_kind(item)}; wanted "
+        + (f"a dictionary with {', '.join(like.kwargs)}" if like.kwargs else _wanted(len(like.args)))
+    )
+
+
+def _kind(batch: Any) -> str:
+    sized = isinstance(batch, (tuple, list))
+    return f"a {type(batch).__name__} of {len(batch)}" if sized else f"a {type(batch).__name__}"
+
+
+def _wanted(inputs: int) -> str:
+    return "a tensor or (inputs, targets)" if inputs == 1 else f"a tuple of {inputs} inputs, targets after them or not"
+
+
+def _check_alike(given: list[Tensor], like: list[Tensor]) -> None:
+    """A captured graph takes any batch size at best; types and other sizes are those of the example."""
+    seen, wanted = ([f"{str(t.dtype)[6:]} [N, {str(list(t.shape[1:]))[1:]}" for t in ts] for ts in (given, like))
+    if seen != wanted:
+        raise UsageError(f"a batch of --data holds {'; '.join(seen)}; the example input is {'; '.join(wanted)}")
+
+
+def _check_finite(batch: Batch, number: int) -> None:
+    for tensor in batch.example.tensors():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite().reshape(len(tensor), -1).all(1)).nonzero()[0])
+            raise UsageError(f"batch {number} of --data holds NaN or infinity in its sample {bad}")
