@@ -51,6 +51,13 @@ class Cut:
         """The sizes that are left."""
         return tuple(int(self.kept(axis).sum()) for axis in axes)
 
+    def select(self, value: torch.Tensor, axes: tuple[Terms, ...]) -> torch.Tensor:
+        """The surviving part of a value with these axes."""
+        for position, axis in enumerate(axes):
+            if not self.whole(axis):
+                value = value.index_select(position, self.indices(axis).to(value.device))
+        return value
+
     def touches(self, node: Node) -> bool:
         """Whether a node reads or makes anything that shrinks."""
         values = [self.types.values[n] for n in (node, *node.all_input_nodes)]

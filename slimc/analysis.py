@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import networkx
 
 Progress = Callable[[str, str], None]
-"""Called with ("stage", name) when a stage starts and ("target", sentence) for what each target means."""
+"""Called with ("stage", name) when a stage starts and ("target", sentence) for what each target means,
+("detail", text) and ("tick", "3/10") for what it does and how far it is."""
 
 
 class Stages:
@@ -45,6 +46,16 @@ class Stages:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def detail(self, text: str) -> None:
+        """Say what a stage is doing."""
+        if self._progress:
+            self._progress("detail", text)
+
+    def tick(self, done: int, of: int) -> None:
+        """Say how far a stage is."""
+        if self._progress:
+            self._progress("tick", f"{done}/{of}")
 
     def target(self, text: str) -> None:
         """Say what a target means for this model."""

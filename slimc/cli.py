@@ -39,6 +39,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no s
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in --out")]
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="do not measure latency")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder (default: MODEL-slim)")]
+Recover = Annotated[str, typer.Option(help="auto (all that the samples allow, kept where it helps), none (the plain cut), or a list; see `slimc methods`")]  # fmt: skip  # noqa: E501
+Data = Annotated[str | None, typer.Option(help="samples to score and recover on: fashion-mnist:DIR, imagefolder:DIR, npz:FILE or package.module:function; made up if not given")]  # fmt: skip  # noqa: E501
+SamplesOption = Annotated[int | None, typer.Option("--samples", min=2, help="how many samples to use at most (default: up to 512, fewer for large models)")]  # fmt: skip  # noqa: E501
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 
 
@@ -51,12 +54,11 @@ def compress(
     params: Annotated[str | None, typer.Option(help="parameters that may stay: 0.4, 40%, 12M")] = None,
     size: Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")] = None,
     memory: Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")] = None,
-    scorer: Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")] = "magnitude",
+    scorer: Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")] = "auto",
     norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude")] = "l2",
-    recover: Annotated[str, typer.Option(help="auto (what the data allows), none (the plain cut), or bn")] = "auto",
-    data: Annotated[
-        str | None, typer.Option(help="npz:FILE or package.module:function, to re-estimate statistics")
-    ] = None,
+    recover: Recover = "auto",
+    data: Data = None,
+    samples: SamplesOption = None,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="modules or parameters to leave whole")
     ] = None,
@@ -76,21 +78,23 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress MODEL until every target holds, prove the result, export and measure it."""
-    with Console(quiet, as_json, stages=10) as console:
+    with Console(quiet, as_json, stages=12) as console:
         from . import budget, compiler, scores
         from .data import open_data
 
-        targets = {"flops": flops, "params": params, "size": size, "memory": memory}
+        targets: dict[str, Any] = {"flops": flops, "params": params, "size": size, "memory": memory}
         for metric, text in targets.items():
             if text is not None:
                 budget.parse(metric, text)  # before anything slow
         if not any(targets.values()):
             raise UsageError("no target: give at least one of --flops, --params, --size, --memory, such as --flops 0.4")
-        scores.find(scorer)
+        if scorer != "auto":
+            scores.find(scorer)
         compiler.alignment_of(round_to)
-        compiler.recover_steps(recover, data is not None)
+        compiler.recover_steps(recover)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
+        batches = open_data(data, example) if data else None
         slim = compiler.compress(
             loaded.model,
             example,
@@ -98,7 +102,8 @@ def compress(
             scorer=scorer,
             norm=norm,
             recover=recover,
-            data=open_data(data) if data else None,
+            data=batches,
+            samples=samples,
             ignore=ignore or (),
             round_to=round_to,
             seed=seed,
@@ -112,6 +117,9 @@ def compress(
 def apply(
     model: ModelArg,
     plan: Annotated[Path, typer.Argument(help="plan.json of an earlier compression, edited or not")],
+    recover: Recover = "auto",
+    data: Data = None,
+    samples: SamplesOption = None,
     out: Out = None,
     overwrite: Overwrite = False,
     input: Input = None,
@@ -125,14 +133,20 @@ def apply(
     quiet: Quiet = False,
 ) -> None:
     """Make the same cut in another checkpoint of the same architecture."""
-    with Console(quiet, as_json, stages=9) as console:
+    with Console(quiet, as_json, stages=11) as console:
         from . import compiler
+        from .data import open_data
         from .plan import Plan
 
+        compiler.recover_steps(recover)
         cut = Plan.load(plan)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
-        slim = compiler.apply(loaded.model, cut, example, name=model, progress=console.progress)
+        batches = open_data(data, example) if data else None
+        slim = compiler.apply(
+            loaded.model, cut, example,
+            recover=recover, data=batches, samples=samples, name=model, progress=console.progress,
+        )  # fmt: skip
         _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
 
 

@@ -32,6 +32,8 @@ from .report import (
 )
 from .result import Compressed, evaluating
 from .rewrite import rewrite, shapes_agree
+from .samples import Samples, affordable, collect
+from .synthetic import synthetic
 from .trainable import trainable
 from .verify import Proof, random_inputs, verify
 
@@ -51,10 +53,12 @@ def compress(
     params: str | float | None = None,
     size: str | float | None = None,
     memory: str | float | None = None,
-    scorer: str = "magnitude",
+    scorer: str = "auto",
     norm: str = "l2",
     recover: str | Sequence[str] = "auto",
     data: Iterable[Any] | None = None,
+    samples: int | None = None,
+    loss: scores.Loss | None = None,
     ignore: Sequence[str] = (),
     round_to: int | str = "auto",
     seed: int = 0,
@@ -67,15 +71,18 @@ def compress(
     model: any nn.Module; it is left as it is. example_inputs: a tensor, a tuple of arguments or a dictionary.
     flops, params, size, memory: what may stay, as a share (0.4, "40%"), an amount ("1.6G", "20MB") or the cut
     ("-60%"). round_to: widths become multiples of this; "auto" takes what this machine's runtime likes and gives
-    way where the budget needs it. data: batches to re-estimate statistics on; recover: "auto", "none" or a list.
+    way where the budget needs it. data: batches to score and recover on, labels only where the scorer needs them, up
+    to `samples` of them; without it pictures or tokens are made up. scorer: "auto" is `obs` where there are samples,
+    else `magnitude`. recover: "auto" (all that the samples allow), "none" or a list. loss: takes outputs and targets.
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     given = {"flops": flops, "params": params, "size": size, "memory": memory}
     targets = [budget.parse(metric, value) for metric, value in given.items() if value is not None]
     if not targets:
         raise UsageError("no target: give at least one of flops, params, size, memory")
-    method, alignment = scores.find(scorer), alignment_of(round_to)
-    steps = recover_steps(recover, data is not None)
+    alignment, wanted = alignment_of(round_to), recover_steps(recover)
+    if scorer != "auto":
+        _check_data(scores.find(scorer), data)
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
     before = analysis.full
@@ -86,9 +93,17 @@ def compress(
             raise UsageError(f"--{target.metric} {target.text}: the model has no {budget.METRICS[target.metric]}")
         limits[target.metric] = target.limit(whole)
         stages.target(budget.describe(target, whole))
+    needed = bool(wanted) or (scorer != "auto" and scores.find(scorer).needs != "weights")
+    calibration = gather(analysis, data, samples, seed, stages) if needed else None
+    steps = _possible(wanted, calibration)
+    method = scores.find(scorer if scorer != "auto" else "obs" if calibration else "magnitude")
+    if method.needs != "weights" and calibration is None:
+        raise UsageError(f"--scorer {method.name} needs --data: its samples cannot be made up for these inputs")
+    fit, judged = calibration.split(recovery.JUDGED) if calibration else (None, None)
     with stages.stage("score"):
-        subject = scores.Subject(analysis.types, analysis.grouping, norm, seed)
-        ranked = scores.normalise(method.score(subject))
+        subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
+        found = method.score(subject)
+        ranked = planner.per_cost(found, analysis, limits) if method.absolute else scores.normalise(found)
     with stages.stage("plan"):
         choice = planner.plan(
             analysis.grouping, analysis.cost, ranked, limits,
@@ -97,7 +112,13 @@ def compress(
         cut = _cut(analysis, choice)
     facts = {
         "targets": {t.metric: {"text": t.text, "limit": limits[t.metric]} for t in targets},
-        "method": {"scorer": scorer, "norm": norm, "schedule": "one-shot", "round_to": choice.round_to, "seed": seed},
+        "method": {
+            "scorer": method.name,
+            "norm": norm,
+            "schedule": "one-shot",
+            "round_to": choice.round_to,
+            "seed": seed,
+        },
         "versions": _versions(),
         "source_sha256": weights_sha256(model),
     }
@@ -106,12 +127,11 @@ def compress(
         for metric, limit in limits.items()
         for full, left in [(getattr(before, planner.METRIC[metric]), getattr(choice.costs, planner.METRIC[metric]))]
     }
-    chosen = Method(scorer, "one-shot", choice.round_to, seed)
+    chosen = Method(method.name, "one-shot", choice.round_to, seed)
     warnings = [f"widths are multiples of {choice.round_to} only: the budget leaves no room for {alignment}"]
     slim = _build(analysis, cut, facts, results, chosen, stages, warnings if choice.round_to < alignment else [], name)
-    for step in steps:
-        assert data is not None
-        slim.recover(step, data)
+    if steps and fit and judged:
+        slim.fit(steps, fit, judged)
     return slim
 
 
@@ -120,16 +140,19 @@ def apply(
     plan: Plan,
     example_inputs: Any,
     *,
+    recover: str | Sequence[str] = "auto",
+    data: Iterable[Any] | None = None,
+    samples: int | None = None,
     device: str | torch.device | None = None,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
     """Make the same cut in another checkpoint of the same architecture, and prove it again.
 
-    Raises PlanError naming the first mismatch where the plan was made for another architecture, or was edited so
-    that coupled indices no longer go together.
+    recover, data, samples: as for `compress`. Raises PlanError naming the first mismatch where the plan was made for
+    another architecture, or was edited so that coupled indices no longer go together.
     """
-    stages = Stages(progress)
+    stages, wanted = Stages(progress), recover_steps(recover)
     analysis = analyse(model, example_inputs, stages, device)
     with stages.stage("plan"):
         cut = Cut(analysis.types, plan.alive(analysis.types))
@@ -140,7 +163,12 @@ def apply(
     facts = {
         "targets": plan.targets, "method": method, "versions": _versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip
-    return _build(analysis, cut, facts, {}, chosen, stages, [], name)
+    slim = _build(analysis, cut, facts, {}, chosen, stages, [], name)
+    seed = numbers[1]
+    calibration = gather(analysis, data, samples, seed, stages) if wanted else None
+    if calibration and (steps := _possible(wanted, calibration)):
+        slim.fit(steps, *calibration.split(recovery.JUDGED))
+    return slim
 
 
 def inspect(model: nn.Module, example_inputs: Any, *, progress: Progress | None = None) -> Analysis:
@@ -219,21 +247,52 @@ def _build(
     before, after = analysis.full, _costs(analysis, cut)
     warnings = [*warnings, *_warnings(analysis, own)]
     report = _report(analysis, cut, targets, method, proof, stages, (before, after), warnings, name)
-    return Compressed(module, rewritten.module, analysis, plan, report, stages)
+    return Compressed(module, rewritten, cut, analysis, plan, report, stages)
 
 
-def recover_steps(wanted: str | Sequence[str], has_data: bool) -> tuple[str, ...]:
-    """Which recovery steps run: all that the data allows, none, or those named."""
+AUTO = ("reconstruct", "bn", "distill")
+"""What `--recover auto` tries, in order; each is kept only where it helps."""
+
+
+def recover_steps(wanted: str | Sequence[str]) -> tuple[str, ...]:
+    """The recovery steps that are asked for; ("auto",) stands for itself."""
     names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
     if names in (["none"], []):
         return ()
     if names == ["auto"]:
-        return ("bn",) if has_data else ()
+        return ("auto",)
     for name in names:
         recovery.find(name)
-    if not has_data:
-        raise UsageError(f"--recover {','.join(names)} needs --data to fit on")
     return tuple(names)
+
+
+def _possible(wanted: Sequence[str], samples: Samples | None) -> tuple[str, ...]:
+    """The steps that run with these samples, or without any."""
+    if tuple(wanted) == ("auto",):
+        return AUTO if samples and samples.count > 1 else ()
+    if wanted and samples is None:
+        raise UsageError(f"--recover {','.join(wanted)} needs --data to fit on: these inputs cannot be made up")
+    return tuple(wanted)
+
+
+def _check_data(method: scores.Method, data: Iterable[Any] | None) -> None:
+    if method.needs == "labels" and data is None:
+        raise UsageError(f"--scorer {method.name} needs --data with labels")
+
+
+def gather(
+    analysis: Analysis, data: Iterable[Any] | None, limit: int | None, seed: int, stages: Stages
+) -> Samples | None:
+    """The samples to score and recover on: from the user's data, else made up; None where that cannot be."""
+    captured = analysis.captured
+    if limit is not None and limit < 2:
+        raise UsageError(f"--samples {limit}: at least 2 are needed, one to fit on and one to judge by")
+    if data is not None:
+        fixed = captured.batch if captured.dynamic_shapes is None else None
+        with stages.stage("data"):
+            return collect(data, captured.example, limit or affordable(analysis.full.macs), fixed)
+    with stages.stage("synthesise"):
+        return synthetic(captured, limit or affordable(analysis.full.macs) // 2, analysis.full.macs, seed)
 
 
 def _cut(analysis: Analysis, choice: planner.Choice) -> Cut:

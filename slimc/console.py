@@ -28,7 +28,8 @@ STAGES = {
     "plan": "choosing channels",
     "rewrite": "rewriting the graph",
     "verify": "proving that removal equals masking",
-    "recover": "re-estimating on data",
+    "synthesise": "making up samples to calibrate on",
+    "recover": "fitting the kept weights again",
     "finetune": "fine-tuning",
     "export": "writing and checking ONNX, pt2, safetensors",
     "latency": "measuring latency, original and slim in turn",
@@ -44,6 +45,7 @@ class Console:
         self._err = Rich(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._stage: tuple[str, float] | None = None
+        self._detail = ""
 
     def __enter__(self) -> Console:
         return self
@@ -55,16 +57,20 @@ class Console:
         self._close()
 
     def progress(self, kind: str, text: str) -> None:
-        """What a run tells: ("stage", name), ("target", sentence), ("note", sentence), ("detail", where it is)."""
+        """What a run tells: ("stage", name), ("target", sentence), ("note", sentence), ("detail", what it does now),
+        ("tick", "3/10")."""
         if self.quiet:
             return
         if kind == "target" and not self.as_json:
             self._print_out(text)
         if kind == "stage":
             self._begin_stage(text)
-        elif kind == "detail" and self._bar is not None and self._stage is not None:
+        elif kind in ("detail", "tick") and self._bar is not None and self._stage is not None:
             stage = STAGES.get(self._stage[0], self._stage[0])
-            self._bar.update(self._bar.task_ids[0], description=f"{stage}: {escape(text)}")
+            self._detail = text if kind == "detail" else self._detail
+            parts = [self._detail, text if kind == "tick" else ""]
+            told = " ".join(escape(part) for part in parts if part)
+            self._bar.update(self._bar.task_ids[0], description=f"{stage}: {told}")
         elif kind == "note":
             self._err.print(escape(text), soft_wrap=True)
 
@@ -76,6 +82,7 @@ class Console:
     def _begin_stage(self, name: str) -> None:
         self._end_stage()
         self._stage = (name, time.perf_counter())
+        self._detail = ""
         if not self._err.is_terminal:
             return
         if self._bar is None:
@@ -109,6 +116,8 @@ class Console:
 
     def report(self, report: Report, folder: Path) -> None:
         """The end of a compression."""
+        from .report.format import recovery
+
         self._finish()
         if self.quiet:
             return
@@ -133,7 +142,16 @@ class Console:
                 f"(opset {report.onnx.opset}, {'any batch' if report.onnx.dynamic_batch else 'fixed batch'})"
             )
         for step in report.recovery or ():
-            self._out.print(f"[green]✓[/green] {escape(step.detail)}")
+            mark = "[green]✓[/green]" if step.kept else "[dim]–[/dim]"
+            line = recovery(step.method, step.detail, step.before, step.after, step.kept)
+            self._out.print(f"{mark} {escape(line)}", soft_wrap=True)
+        if report.calibration is not None and report.calibration.agreement is not None:
+            seen, agreement = report.calibration, report.calibration.agreement
+            self._out.print(
+                f"[green]✓[/green] the largest output is the original's on {100 * agreement:.1f}% of "
+                f"{seen.judged} samples that were not fitted ({escape(seen.source)})",
+                soft_wrap=True,
+            )
         for warning in report.warnings:
             self._out.print(f"[yellow]![/yellow] {escape(warning)}", soft_wrap=True)
         files = [(str(folder / f.name), f.purpose) for f in report.files]

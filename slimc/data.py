@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .datasets import fashion_mnist, load_arrays
+from .datasets import fashion_mnist, image_folder, load_arrays, picture
 from .errors import UsageError
+from .graph.capture import Example
 
 _FORMS = "npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package.module:function"
 
 
-def open_data(text: str, batch_size: int = 64) -> Iterable[Any]:
+def open_data(text: str, like: Example, batch_size: int = 64) -> Iterable[Any]:
     """Read --data: `npz:FILE`, `fashion-mnist:DIR`, `imagefolder:DIR` or `package.module:function`.
 
-    The function takes nothing and returns an iterable of batches.
+    The function takes nothing and returns an iterable of batches. like: the model's inputs, which say how large
+    pictures are. Pictures of an image folder are read as they are needed, without labels.
     """
     kind, _, rest = text.partition(":")
     if not kind or not rest:
@@ -32,7 +34,15 @@ def open_data(text: str, batch_size: int = 64) -> Iterable[Any]:
     if kind == "fashion-mnist":
         images, labels = fashion_mnist(Path(rest))
         return list(zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True))
+    if kind == "imagefolder":
+        shape = tuple(like.tensors()[0].shape[1:])
+        return _pictures(image_folder(Path(rest), shape), shape, batch_size)
     return _function(kind, rest)
+
+
+def _pictures(paths: Sequence[Path], shape: tuple[int, ...], batch_size: int) -> Iterator[Tensor]:
+    for start in range(0, len(paths), batch_size):
+        yield torch.stack([picture(path, shape) for path in paths[start : start + batch_size]])
 
 
 def _npz(path: Path, batch_size: int) -> list[tuple[Tensor, ...]]:

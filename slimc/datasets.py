@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import struct
 import zipfile
 from pathlib import Path
@@ -47,6 +48,47 @@ def _idx(path: Path, magic: int) -> Tensor:
     if len(content) != head + int(np.prod(size)):
         raise UsageError(f"{path} should hold {'x'.join(map(str, size))} bytes after its head; it has another length")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=head).reshape(size).copy())
+
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's pictures, from 0 to 1: what torchvision's models and most others are trained on."""
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+
+
+def image_folder(folder: Path, shape: tuple[int, ...]) -> list[Path]:
+    """The pictures under a folder, at any depth, in order of a hash of their names, so that any few are mixed.
+
+    shape: [channels, height, width] of what the model takes. Raises UsageError where there is no picture, or the
+    model takes none.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise UsageError(f"imagefolder:{folder}: the model takes {list(shape)} for each sample, which is no picture")
+    if not folder.is_dir():
+        raise UsageError(f"imagefolder:{folder} is no folder")
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    if not found:
+        raise UsageError(f"imagefolder:{folder} holds no picture ({', '.join(sorted(_SUFFIXES))})")
+    return sorted(found, key=lambda path: hashlib.sha256(str(path.relative_to(folder)).encode()).digest())
+
+
+def picture(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """One picture [channels, height, width]: scaled to cover the size, the middle cut out, normalised.
+
+    Three channels by `IMAGE_MEAN` and `IMAGE_STD`, one by their means. UsageError where the file is no picture.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise UsageError("reading pictures needs Pillow; install it with: pip install 'slimc[vision]'") from error
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (width, height))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path} cannot be read as a picture: {error}") from error
+    values = torch.from_numpy(np.asarray(fitted, np.float32).reshape(height, width, channels).transpose(2, 0, 1) / 255)
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (IMAGE_MEAN, IMAGE_STD))
+    return (values - mean) / std if channels == 3 else (values - mean.mean()) / std.mean()
 
 
 def load_arrays(path: Path) -> dict[str, Tensor]:

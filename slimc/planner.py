@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,15 @@ from .graph.cost import Costs, Widths
 from .graph.groups import Grouping
 from .scores import Scores
 
+if TYPE_CHECKING:
+    from .analysis import Analysis
+
 CostOf = Callable[[Widths], Costs]
 METRIC = {"flops": "macs", "params": "params", "size": "size", "memory": "memory"}
 _PROTECTED = 0.1
 """The best tenth of each group goes last, so that no layer collapses while others can still give."""
+
+_SMALL_SHARE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,24 @@ def _up(share: float) -> str:
     """A share in four digits, never below the share itself, so that it can be asked for."""
     scale = 10 ** (3 - math.floor(math.log10(share))) if share > 0 else 1
     return f"{math.ceil(share * scale) / scale:.12g}"
+
+
+def per_cost(scores: Sequence[Scores], analysis: Analysis, limits: Mapping[str, float]) -> list[Scores]:
+    """Scores in one unit divided by what a channel of the group frees, as a share of what all budgets want freed."""
+    grouping, cost = analysis.grouping, analysis.cost
+    full = np.array([group.width for group in grouping.groups], np.int64)
+    whole = cost(full)
+    ranked = []
+    for group, own in zip(grouping.groups, scores, strict=True):
+        fewer = full.copy()
+        fewer[group.number] -= 1
+        less = cost(fewer)
+        freed = 0.0
+        for metric, limit in limits.items():
+            before, after = (float(getattr(costs, METRIC[metric])) for costs in (whole, less))
+            freed += (before - after) / max(before - limit, _SMALL_SHARE * before)
+        ranked.append(own / max(freed, _SMALL_SHARE))
+    return ranked
 
 
 class _Search:

@@ -1,23 +1,53 @@
 """Recovery: what can be done to the kept weights after the cut, by the names that users type.
 
-A step is one file in `recovery/`. It changes the tensors of the rewritten graph in place; the user's module shares
-them.
+A step is one file in `recovery/`. It changes the tensors of the slim graph in place (the user's module shares them)
+and says in one line what it did. Samples are set aside to judge by: a step that brings the slim model's outputs no
+nearer to the original's on these is undone.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch.fx import GraphModule
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from .errors import InternalError, UsageError
 from .graph.capture import Example
+from .graph.infer import Types
+from .graph.resize import Cut
+from .samples import Samples
 
-Run = Callable[[GraphModule, Iterable[Example]], str]
-"""Fits a graph on batches of its inputs and says in one line what it did."""
+JUDGED = 0.2
+"""The share of the samples by which steps are judged; the others are fitted on."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cut model, the original that it should be like, and samples to fit on.
+
+    original: the whole graph, in eval mode; never changed. slim: the cut graph, whose tensors steps write to.
+    twins: the slim node of each original node. types, cut: which indices of every original value are left.
+    """
+
+    original: GraphModule
+    slim: GraphModule
+    twins: dict[Node, Node]
+    types: Types
+    cut: Cut
+    samples: Samples
+    seed: int = 0
+    tick: Callable[[int, int], None] = lambda done, of: None
+
+
+Run = Callable[[Task], str]
+"""Fits the slim graph's weights and says in one line what it did."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +89,88 @@ def find(name: str) -> Step:
     if name not in known:
         raise UsageError(f"--recover {name}: known steps are {', '.join(known)}, auto and none")
     return known[name]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did.
+
+    before, after: distance of the outputs from the original's on the samples set aside (see `Judge`); kept: whether
+    the weights are the fitted ones, or those before since these were nearer.
+    """
+
+    detail: str
+    before: float
+    after: float
+    kept: bool
+
+
+class Judge:
+    """How far a slim graph's outputs are from the original's, on samples that nothing is fitted on."""
+
+    def __init__(self, original: GraphModule, samples: Samples) -> None:
+        self._samples = samples
+        self._wanted = [outputs(original, example) for example in samples.examples()]
+        floats = [i for i, value in enumerate(self._wanted[0]) if value.is_floating_point()]
+        columns = [torch.cat([_flat(batch[i]) for batch in self._wanted]) for i in floats]
+        self._floats = floats
+        self._spread = [float((c - c.mean(0)).square().sum()) for c in columns]
+
+    def distance(self, slim: GraphModule) -> float:
+        """The squared difference over the originals' own spread around their mean, averaged over the outputs.
+
+        0 is equal, 1 no better than a constant; infinity where something is not finite.
+        """
+        sums = [0.0] * len(self._floats)
+        for example, wanted in zip(self._samples.examples(), self._wanted, strict=True):
+            found = outputs(slim, example)
+            for place, i in enumerate(self._floats):
+                sums[place] += float((found[i].double() - wanted[i].double()).square().sum())
+        shares = [s / spread for s, spread in zip(sums, self._spread, strict=True) if spread > 0]
+        mean = sum(shares) / len(shares) if shares else 0.0
+        return mean if math.isfinite(mean) else math.inf
+
+    def agreement(self, slim: GraphModule) -> float | None:
+        """The share of samples with the same largest output, where the first output is [N, classes]; else None."""
+        if not self._floats or self._wanted[0][self._floats[0]].dim() != 2:
+            return None
+        first = self._floats[0]
+        same = count = 0
+        for example, wanted in zip(self._samples.examples(), self._wanted, strict=True):
+            found = outputs(slim, example)[first].argmax(1)
+            same, count = same + int((found == wanted[first].argmax(1)).sum()), count + len(found)
+        return same / count
+
+
+@torch.no_grad()
+def outputs(module: GraphModule, example: Example) -> list[Tensor]:
+    """The tensors that a graph returns."""
+    leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in _leaves(example)]
+    found = Interpreter(module).run(*leaves, enable_io_processing=False)
+    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def attempt(task: Task, name: str, judge: Judge) -> Outcome:
+    """Run a step; if it brings the outputs no nearer to the original's it is undone."""
+    found = find(name)
+    before = judge.distance(task.slim)
+    saved = {key: tensor.clone() for key, tensor in task.slim.state_dict().items()}
+    try:
+        detail = found.run(task)
+        after = judge.distance(task.slim)
+    except BaseException:
+        task.slim.load_state_dict(saved)
+        raise
+    kept = after <= before
+    if not kept:
+        task.slim.load_state_dict(saved)
+    return Outcome(detail, before, after, kept)
+
+
+def _flat(value: Tensor) -> Tensor:
+    """[samples, numbers]; an output without axes is one sample of one number."""
+    return value.reshape(len(value) if value.dim() else 1, -1)
+
+
+def _leaves(example: Example) -> list[object]:
+    return list(pytree.tree_leaves((example.args, example.kwargs)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,11 @@ from .exporters.latency import LatencyResult
 from .exporters.parity import Parity, check_onnx, other_inputs
 from .graph.capture import program_of
 from .graph.infer import attribute
+from .graph.resize import Cut
 from .plan import Plan
-from .report import Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
-from .samples import collect
+from .report import Calibration, Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
+from .rewrite import Rewritten
+from .samples import Samples, affordable, collect
 
 PURPOSE = {
     "model.onnx": "dense ONNX model for deployment",
@@ -47,10 +49,19 @@ class Compressed:
     """
 
     def __init__(
-        self, module: nn.Module, graph: GraphModule, analysis: Analysis, plan: Plan, report: Report, stages: Stages
+        self,
+        module: nn.Module,
+        rewritten: Rewritten,
+        cut: Cut,
+        analysis: Analysis,
+        plan: Plan,
+        report: Report,
+        stages: Stages,
     ) -> None:
         self.module = module
-        self.graph = graph
+        self.graph: GraphModule = rewritten.module
+        self._twins = rewritten.twins
+        self._cut = cut
         self.analysis = analysis
         self.plan = plan
         self.report = report
@@ -77,20 +88,43 @@ class Compressed:
         named = {name: attribute(self.graph, name) for name in dict(self.graph.state_dict())}
         return {name: named.get(name, tensor).detach() for name, tensor in state.items()}
 
-    def recover(self, name: str, data: Iterable[Any]) -> None:
-        """Fit the kept weights again by one step of `slimc methods`, on batches of inputs; labels are not needed."""
+    def recover(self, name: str, data: Iterable[Any], samples: int | None = None) -> None:
+        """Fit the kept weights again by one step of `slimc methods`, on batches of inputs; labels are not needed.
+
+        samples: how many are read at most (default: as many as are quick, up to 512).
+        """
+        recover.find(name)
+        captured = self.analysis.captured
+        fixed = captured.batch if captured.dynamic_shapes is None else None
+        found = collect(data, captured.example, samples or affordable(self.analysis.full.macs), fixed)
+        self.fit([name], *found.split(recover.JUDGED))
+
+    def fit(self, steps: Sequence[str], fitted: Samples, judged: Samples) -> None:
+        """Run recovery steps on some samples; each is undone unless it brings the outputs nearer on the others."""
         self.synchronise()
-        with self.stages.stage("recover"), evaluating(self.graph):
-            captured = self.analysis.captured
-            fixed = captured.batch if captured.dynamic_shapes is None else None
-            detail = recover.find(name).run(self.graph, collect(data, captured.example, batch=fixed).examples())
+        original, stages = self.analysis.captured.module, self.stages
+        with stages.stage("recover"), evaluating(self.graph):
+            judge = recover.Judge(original, judged)
+            for name in steps:
+                stages.detail(name)
+                task = recover.Task(
+                    original, self.graph, self._twins, self.analysis.types, self._cut, fitted,
+                    self.report.method.seed, stages.tick,
+                )  # fmt: skip
+                outcome = recover.attempt(task, name, judge)
+                self.note_recovery(name, outcome.detail, outcome.before, outcome.after, outcome.kept)
+        agreement = judge.agreement(self.graph)
+        self.report = replace(
+            self.report, calibration=Calibration(judged.source, fitted.count, judged.count, agreement)
+        )
         if self.module is not self.graph:
             _copy_tensors(self.graph, self.module)
-        self.note_recovery(name, detail)
 
-    def note_recovery(self, name: str, detail: str) -> None:
+    def note_recovery(
+        self, name: str, detail: str, before: float | None = None, after: float | None = None, kept: bool = True
+    ) -> None:
         """Write down in the report what was done to the weights after the cut."""
-        done = (*(self.report.recovery or ()), RecoveryStep(name, detail))
+        done = (*(self.report.recovery or ()), RecoveryStep(name, detail, before, after, kept))
         self.report = replace(self.report, recovery=done, seconds=dict(self.stages.seconds))
 
     def export_onnx(self, path: str | Path) -> OnnxFile:

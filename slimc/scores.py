@@ -78,25 +78,31 @@ Scorer = Callable[[Subject], list[Scores]]
 
 @dataclass(frozen=True)
 class Method:
-    """A scorer with its name, one line about it, and its source."""
+    """A scorer with its name, one line about it, and its source.
+
+    absolute: its numbers are in one unit for all groups, so that they are ranked as they are.
+    """
 
     name: str
     summary: str
     source: str
     score: Scorer
     needs: Need
+    absolute: bool = False
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def scorer(name: str, summary: str, source: str, needs: Need = "weights") -> Callable[[Scorer], Scorer]:
+def scorer(
+    name: str, summary: str, source: str, needs: Need = "weights", absolute: bool = False
+) -> Callable[[Scorer], Scorer]:
     """Register a scorer under the name that users type."""
 
     def register(function: Scorer) -> Scorer:
         if name in _METHODS:
             raise InternalError(f"two scorers are called {name!r}")
-        _METHODS[name] = Method(name, summary, source, function, needs)
+        _METHODS[name] = Method(name, summary, source, function, needs, absolute)
         return function
 
     return register

@@ -135,7 +135,7 @@ class _Check:
             axes = self.types.tensors.get(first.get(name, name))
             if axes is None:
                 return attribute(self.rewritten.module, name)
-            return _gather(read(name), axes, self.cut)
+            return self.cut.select(read(name), axes)
 
         return sliced
 
@@ -149,7 +149,7 @@ class _Check:
             axes, value = self.types.values.get(old), masked.env.get(old)
             if not isinstance(value, Tensor) or new not in plain.env or axes is None:
                 continue
-            wanted, got = _gather(value, axes, self.cut), plain.env[new]
+            wanted, got = self.cut.select(value, axes), plain.env[new]
             if wanted.shape != got.shape or not _distance([got], [wanted]) <= TOLERANCE[self.dtype]:
                 stack = old.meta.get("nn_module_stack")
                 module = list(stack.values())[-1][0] if stack else ""
@@ -231,7 +231,7 @@ class Masked(Plain):
 
         def kept(source: Node) -> Any:
             value = self.env[back[source]]
-            return _gather(value, self.types.values[back[source]], self.cut) if isinstance(value, Tensor) else value
+            return self.cut.select(value, self.types.values[back[source]]) if isinstance(value, Tensor) else value
 
         args, kwargs = torch.fx.node.map_arg((new.args, new.kwargs), kept)
         small = self.call_function(new.target, args, kwargs)
@@ -239,13 +239,6 @@ class Masked(Plain):
         if isinstance(small, Tensor):
             return _scatter(small, axes, self.cut)
         return [_scatter(item, own, self.cut) for item, own in zip(small, axes, strict=True)]
-
-
-def _gather(value: Tensor, axes: Any, cut: Cut) -> Tensor:
-    for position, axis in enumerate(axes):
-        if not cut.whole(axis):
-            value = value.index_select(position, cut.indices(axis).to(value.device))
-    return value
 
 
 def _scatter(small: Tensor, axes: Any, cut: Cut) -> Tensor:

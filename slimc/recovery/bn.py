@@ -7,7 +7,6 @@ that later layers see corrected inputs. Weights are not touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,9 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
 from slimc.graph.infer import attribute
 from slimc.graph.rule import arguments, operator_name
-from slimc.recover import step
+from slimc.recover import Task, step
 
 
 @dataclass
@@ -78,27 +76,26 @@ def is_reestimated(node: Node) -> bool:
 
 
 @step("bn", "re-estimate batch-norm statistics on unlabelled samples", "Li et al., EagleEye, ECCV 2020, section 3.3")
-def reestimate(module: GraphModule, batches: Iterable[Example]) -> str:
-    """Replace the running mean and variance of every batch norm.
+def reestimate(task: Task) -> str:
+    """Replace the running mean and variance of every batch norm in the slim graph.
 
-    module: a rewritten graph in eval mode; its buffers are written in place.
-    Raises UsageError where the data is empty or has one value per channel only.
+    Raises UsageError where the data has one value per channel only, or leads to values that are not finite.
     """
+    module = task.slim
     if not any(is_reestimated(node) for node in module.graph.nodes):
         return "the model has no batch norm with running statistics: nothing to re-estimate"
     measuring = _Measuring(module)
-    samples = 0
     with torch.no_grad():
-        for batch in batches:
-            measuring.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
-            samples += batch.tensors()[0].shape[0]
-        if not samples:
-            raise UsageError("--data gave no batch, so batch norms cannot be re-estimated")
+        for example in task.samples.examples():
+            leaves = pytree.tree_leaves((example.args, example.kwargs))
+            measuring.run(
+                *[leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], enable_io_processing=False
+            )
         found = {place: _statistics(sums, place[0]) for place, sums in measuring.sums.items()}
         for names, values in found.items():
             for name, value in zip(names, values, strict=True):
                 attribute(module, name).copy_(value)
-    return f"batch-norm statistics re-estimated on {samples} samples"
+    return f"batch-norm statistics re-estimated on {task.samples.count} samples ({task.samples.source})"
 
 
 def _statistics(sums: _Sums, name: str) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from slimc.report.html import render_html, write_html
 from slimc.report.model import (
     Accuracy,
+    Calibration,
     Change,
     Environment,
     FrozenOperator,
@@ -19,6 +20,7 @@ from slimc.report.model import (
 
 __all__ = [
     "Accuracy",
+    "Calibration",
     "Change",
     "Environment",
     "FrozenOperator",

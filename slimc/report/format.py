@@ -51,3 +51,12 @@ def metric(value: float, name: str) -> str:
 def provider(name: str) -> str:
     """The part of an ONNX Runtime provider's name that tells: 'CPU' for 'CPUExecutionProvider'."""
     return name.removesuffix("ExecutionProvider")
+
+
+def recovery(method: str, detail: str, before: float | None, after: float | None, kept: bool) -> str:
+    """What a recovery step did, and by how much it brought the outputs nearer to the original's."""
+    if before is None or after is None:
+        return f"{method}: {detail}"
+    if not kept:
+        return f"{method} undone, since it moved the outputs away from the original's ({before:.2g} → {after:.2g})"
+    return f"{method}: {detail}; distance of the outputs from the original's {before:.2g} → {after:.2g}"

@@ -123,10 +123,32 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class RecoveryStep:
-    """One thing that was done to fit the kept weights again."""
+    """One thing that was done to fit the kept weights again.
+
+    before, after: distance of the outputs from the original's on samples that were not fitted: the squared difference
+    over the original's own spread (0 equal, 1 no better than a constant); null where it was not measured.
+    kept: False where the weights were put back, since the step brought the outputs no nearer.
+    """
 
     method: str
     detail: str
+    before: float | None = None
+    after: float | None = None
+    kept: bool = True
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The samples that recovery saw: where they come from, how many were fitted, and how many judged by.
+
+    agreement: share of the judged samples on which slim and original model have the same largest output; null where
+    the first output is not [N, classes].
+    """
+
+    source: str
+    fitted: int
+    judged: int
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -197,6 +219,7 @@ class Report:
     environment: Environment
     verification: Verification | None = None
     recovery: tuple[RecoveryStep, ...] | None = None
+    calibration: Calibration | None = None
     accuracy: Accuracy | None = None
     onnx: OnnxFile | None = None
     latency: tuple[Latency, ...] | None = None

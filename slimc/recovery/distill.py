@@ -1,0 +1,183 @@
+"""Distillation without labels: the slim model is trained for a short while to give what the original gives.
+
+On the same samples, moved, mirrored and mixed a little (the original says what is right for any input), the slim
+model's outputs and the last value of each channel group are drawn to the original's at the kept channels. Batch norms
+keep their statistics, so that what is trained is what is deployed.
+
+Sources: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), with squared differences of
+logits, which is their limit of high temperature (section 2.1); Romero et al., "FitNets" (ICLR 2015), equation 3, for
+values inside; Zhang et al., "mixup" (ICLR 2018) for the mixing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from slimc.graph.capture import Example
+from slimc.graph.infer import tensors_of
+from slimc.recover import Task, step
+
+EPOCHS = 40
+_MOST_MACS = 1.2e12
+_FEWEST_EPOCHS = 2
+_RATE = 1e-3
+_BATCH = 64
+_WARMUP = 0.1
+_MIXED = 0.5
+"""The share of batches whose samples are mixed in pairs."""
+
+
+@step(
+    "distill",
+    "train briefly to give the original's outputs and inner values, without labels",
+    "Hinton et al., 2015; Romero et al., FitNets, ICLR 2015",
+)
+def distill(task: Task) -> str:
+    """Train all parameters of the slim graph with Adam; see the module for what it is drawn to."""
+    parameters = [p for p in task.slim.parameters() if p.is_floating_point()]
+    batches = _batches(task)
+    samples = sum(len(batch.tensors()[0]) for batch in batches)
+    epochs = _epochs(task, samples)
+    if not epochs:
+        return "distillation left out: it would take too long on this machine"
+    wanted = _inner(task)
+    generator = torch.Generator().manual_seed(task.seed)
+    optimiser = torch.optim.Adam(parameters, lr=_RATE)
+    steps = epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: _rate(done, steps))
+    trained = [p.requires_grad for p in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        for done in range(steps):
+            if done % len(batches) == 0:
+                order = torch.randperm(len(batches), generator=generator).tolist()
+            example = _varied(batches[order[done % len(batches)]], generator)
+            loss = _loss(task, example, wanted)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            task.tick(done + 1, steps)
+    finally:
+        for parameter, before in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(before)
+            parameter.grad = None
+    return f"{epochs} epochs of distillation without labels on {samples} samples ({task.samples.source})"
+
+
+def _rate(done: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine."""
+    warm = max(1, round(_WARMUP * steps))
+    return (done + 1) / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / max(1, steps - warm)))
+
+
+def _epochs(task: Task, samples: int) -> int:
+    """As many as the arithmetic allows; 0 where even a few would take too long."""
+    captured = task.types.captured
+    whole = sum(c * math.prod(len(axis) for axis in axes) for c, axes in task.types.macs) / captured.batch
+    left = sum(c * math.prod(task.cut.shape(axes)) for c, axes in task.types.macs) / captured.batch
+    affordable = int(_MOST_MACS / ((whole + 3 * left) * samples))
+    return min(EPOCHS, affordable) if affordable >= _FEWEST_EPOCHS else 0
+
+
+def _batches(task: Task) -> list[Example]:
+    """The samples in batches of training size, where the model takes any."""
+    if task.types.captured.dynamic_shapes is None:
+        return list(task.samples.examples())
+    return [batch[at : at + _BATCH].example for batch in task.samples.batches for at in range(0, batch.count, _BATCH)]
+
+
+def _inner(task: Task) -> dict[Node, Node]:
+    """The last value that carries each set of channels, and its twin: what the slim network is drawn to inside."""
+    last: dict[bytes, Node] = {}
+    solution = task.types.solution
+    for node in task.original.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        for axes in tensors_of(task.types.values[node]):
+            for axis in axes:
+                rows = solution.factors(axis)
+                if (rows >= 0).any():
+                    last[rows.tobytes()] = node
+    return {node: task.twins[node] for node in last.values()}
+
+
+class _Catching(Interpreter):
+    """Runs a graph and keeps some results as they were before anything wrote into them."""
+
+    def __init__(self, module: GraphModule, wanted: set[Node]) -> None:
+        super().__init__(module)
+        self.wanted = wanted
+        self.caught: dict[Node, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """A wanted result is caught and a copy goes on."""
+        value = super().run_node(n)
+        if n in self.wanted:
+            self.caught[n] = value
+            return value.clone()
+        return value
+
+    def results(self, example: Example) -> list[Tensor]:
+        """The output tensors."""
+        leaves = pytree.tree_leaves((example.args, example.kwargs))
+        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        found = self.run(*copies, enable_io_processing=False)
+        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _loss(task: Task, example: Example, wanted: dict[Node, Node]) -> Tensor:
+    """Relative squared error of the outputs, plus that of the inner values on average."""
+    teacher, student = _Catching(task.original, set(wanted)), _Catching(task.slim, set(wanted.values()))
+    with torch.no_grad():
+        goals = teacher.results(example)
+    outer = [_relative(value, goal) for value, goal in zip(student.results(example), goals, strict=True)]
+    inner = [
+        _relative(student.caught[new], task.cut.select(teacher.caught[old], task.types.values[old]))
+        for old, new in wanted.items()
+    ]
+    loss = torch.stack(outer).mean()
+    return loss + torch.stack(inner).mean() if inner else loss
+
+
+def _relative(value: Tensor, goal: Tensor) -> Tensor:
+    """The squared error as a share of the goal's variance."""
+    spread = goal.var(correction=0) if goal.numel() > 1 else torch.ones((), device=goal.device)
+    return functional.mse_loss(value, goal) / spread.clamp_min(1e-12)
+
+
+def _varied(example: Example, generator: torch.Generator) -> Example:
+    """Pictures are moved and mirrored, floats mixed in pairs; whatever else stays as it is."""
+    tensors = example.tensors()
+    count = len(tensors[0])
+    if not all(t.is_floating_point() and len(t) == count for t in tensors):
+        return example
+    mirror = bool(torch.rand((), generator=generator) < 0.5)
+    shift = torch.rand(2, generator=generator) * 2 - 1
+    mixed = bool(torch.rand((), generator=generator) < _MIXED)
+    order = torch.randperm(count, generator=generator)
+    share = torch.rand((count,), generator=generator) * 0.5
+
+    def vary(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 4:
+            tensor = tensor.flip(3) if mirror else tensor
+            rows, columns = (round(float(s) * size / 8) for s, size in zip(shift, tensor.shape[2:], strict=True))
+            pad = [max(columns, 0), max(-columns, 0), max(rows, 0), max(-rows, 0)]
+            height, width = tensor.shape[2:]
+            tensor = functional.pad(tensor, pad, mode="replicate")
+            tensor = tensor[:, :, max(-rows, 0) :][:, :, :height, max(-columns, 0) :][..., :width]
+        if mixed:
+            weight = share.reshape(-1, *[1] * (tensor.dim() - 1)).to(tensor)
+            tensor = (1 - weight) * tensor + weight * tensor[order.to(tensor.device)]
+        return tensor
+
+    return example.map(vary)

@@ -1,0 +1,136 @@
+"""Least-squares reconstruction: every layer's weights fitted again, from the slim network's inputs to what the
+original network computed.
+
+From the first layer to the last, each reader is the solution of a ridge regression: its inputs are those of the slim
+network, whose earlier layers are fitted already, and its targets are the original network's outputs at the kept
+channels, so that a layer corrects what those before it lost. Where a branch ends in a residual sum, the target
+includes the error of the other summand. The penalty draws to the present weights; its strength is chosen for each
+layer on samples that are not fitted.
+
+Source: He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017), equation 4 and
+section 3.3 for residual sums; the penalty towards the present weights and its choice are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from slimc.graph.infer import attribute
+from slimc.lockstep import Frontier, lockstep
+from slimc.readers import Reader, readers
+from slimc.recover import Task, step
+from slimc.recovery.tails import tail_of
+from slimc.regression import Fit, Moments, choose
+
+ROWS = 40_000
+_ROWS_PER_INPUT = 10
+_WIDEST = 6_144
+"""Inputs of a reader beyond which its normal equations (inputs squared, in float64) are too large."""
+_JUDGED = 0.2
+
+Choose = Callable[[Moments, Moments, Tensor, bool], Fit]
+
+
+@dataclass
+class Tally:
+    """How many readers were fitted, and how many not and why."""
+
+    fitted: int = 0
+    unchanged: int = 0
+    wide: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.fitted} of {self.fitted + self.unchanged + self.wide} layers fitted"]
+        if self.wide:
+            parts.append(f"{self.wide} with more than {_WIDEST} inputs left as cut")
+        return ", ".join(parts)
+
+
+@step(
+    "reconstruct", "fit every layer again by least squares, from unlabelled samples", "He et al., ICCV 2017, equation 4"
+)
+def reconstruct(task: Task) -> str:
+    """Fit every convolution, linear layer and product with a parameter that nothing else shares.
+
+    Raises UsageError where the samples lead to values that are not finite.
+    """
+    tally = refit(task, choose)
+    return f"{tally} by least squares on {task.samples.count} samples ({task.samples.source})"
+
+
+def refit(task: Task, choose: Choose) -> Tally:
+    """Fit each reader in turn with one way of choosing the change."""
+    found = readers(task.slim)
+    total = len([old for old, new in task.twins.items() if new in found])
+    tally = Tally()
+    generator = torch.Generator().manual_seed(task.seed)
+
+    def visit(old: Node, before: Frontier, after: Frontier) -> None:
+        reader = found[task.twins[old]]
+        _fit(task, reader, old, before, after, generator, choose, tally)
+        task.tick(tally.fitted + tally.unchanged + tally.wide, total)
+
+    examples = list(task.samples.examples())
+    lockstep(task.original, task.slim, task.twins, examples, visit, lambda old: task.twins.get(old) in found)
+    return tally
+
+
+def _fit(
+    task: Task,
+    reader: Reader,
+    old: Node,
+    before: Frontier,
+    after: Frontier,
+    generator: torch.Generator,
+    choose: Choose,
+    tally: Tally,
+) -> None:
+    matrix = reader.matrix(task.slim)
+    groups, outputs, inputs = matrix.shape
+    if inputs > _WIDEST:
+        tally.wide += 1
+        return
+    tail = tail_of(task, old, reader, before, after)
+    weight: Tensor = attribute(task.slim, reader.weight)
+    axes = task.types.values[old]
+    spatial = None
+    bias = None if reader.bias is None else attribute(task.slim, reader.bias).detach()
+    counts = [reader.places(value) for value in before.of(old)]
+    wanted = min(ROWS, max(ROWS // 4, _ROWS_PER_INPUT * inputs))
+    share = min(1.0, wanted / sum(counts))
+    fitted, judged = (Moments(groups, inputs, outputs, matrix.device) for _ in range(2))
+    wide = torch.float64
+    for number, (value, source) in enumerate(zip(before.of(old), after.of(reader.source), strict=True)):
+        target = task.cut.select(value, axes)
+        spatial = target.shape[2:]
+        places = torch.randperm(counts[number], generator=generator)[: max(2, round(share * counts[number]))]
+        # Whole samples are set aside: places of one picture are alike.
+        each = counts[number] // len(target)
+        last = places // each >= len(target) - max(1, round(_JUDGED * len(target)))
+        for moments, own in ((fitted, places[~last]), (judged, places[last])):
+            if not len(own):
+                continue
+            part = own.to(target.device)
+            x = reader.rows(source, weight, spatial, part)
+            now = (x.to(wide) @ matrix.to(wide).transpose(1, 2)).transpose(0, 1).flatten(1)
+            if bias is not None:
+                now = now + bias.to(wide)
+            goal = tail.goal(reader, number, reader.results(target, part).to(wide), part)
+            residual = (goal - now) * tail.answers
+            moments.add(x, residual.reshape(len(part), groups, outputs).transpose(0, 1))
+    if not fitted.count:
+        fitted = judged
+    importance = tail.gain.square().to(wide).reshape(groups, outputs)
+    fit = choose(fitted, judged, importance, tail.offset is not None)
+    if not bool(fit.change.any() or fit.offset.any()):
+        tally.unchanged += 1
+        return
+    tally.fitted += 1
+    reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
+    if tail.offset is not None:
+        tail.offset(fit.offset.flatten())

@@ -1,0 +1,317 @@
+"""Structured Optimal Brain Surgeon: what is lost by removing a channel when the others are refitted to make up for it.
+
+A reader computes y = W x. Without the inputs of channel i, the best other weights leave the error
+sum over outputs o of s_o * w_oi^T [(H^-1)_ii]^-1 w_oi, where H = E[x x^T] over all places of its output, (H^-1)_ii is
+the block of the channel's inputs, and w_oi are its weights. A channel whose place others can take costs little, however
+large its weights. s_o is how much the model's outputs (each scaled to deviation 1) move with y_o: the expected squared
+gradient of random combinations of outputs, which needs no labels. The scores of a channel's readers are summed; they
+are all in one unit, the squared error of the model's outputs, so groups are compared by it as it is.
+
+Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (NIPS 1992),
+equation 5; Kurtic, Frantar and Alistarh, "ZipLM" (NeurIPS 2023), equation 2, for whole blocks. The factor s_o is the
+diagonal of the output side in the Kronecker factorisation of Martens and Grosse (ICML 2015). Channels that no reader
+sees (their consumer is attention, say) get the expected square of their own gate's derivative instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from slimc.errors import UsageError
+from slimc.graph.capture import Example
+from slimc.graph.infer import attribute
+from slimc.graph.rule import operator_name
+from slimc.graph.terms import Terms
+from slimc.lockstep import Frontier, sweep
+from slimc.readers import Reader, readers
+from slimc.scores import Scores, Subject, scorer
+
+_RIDGE = 1e-3
+_ROWS_PER_INPUT = 4
+_FEWEST_ROWS = 8_000
+_ROUNDS = 32
+"""A group's channels are eliminated one by one, or a 32nd of those left at a time."""
+_EXACT = 1024
+"""Larger matrices are eliminated in float32."""
+_PROBES = 2
+_PROBED = 128
+"""Samples whose gradients are taken."""
+
+
+@scorer(
+    "obs",
+    "squared error of the outputs left after the other channels make up for the removed one",
+    "Hassibi and Stork, NIPS 1992; Kurtic et al., ZipLM, NeurIPS 2023",
+    needs="inputs",
+    absolute=True,
+)
+def obs(subject: Subject) -> list[Scores]:
+    """One number per channel, larger for what cannot be made up for; needs unlabelled samples.
+
+    Raises UsageError where the samples lead to values that are not finite.
+    """
+    assert subject.samples is not None
+    module = subject.types.captured.module
+    found = {node: reader for node, reader in readers(module).items() if _channels(subject, reader) is not None}
+    unread = _unread(subject, found)
+    sensitivity, gates = _sensitivities(subject, set(found), set(unread.values()))
+    total = np.zeros(subject.types.solution.variables + 1)
+    for number, (node, position) in unread.items():
+        rows = subject.types.solution.factors(subject.types.values[node][position])
+        own = np.where(subject.grouping.group_of[rows] == number, rows, -1)
+        for column in own.T:
+            np.add.at(total, column, gates[node, position])
+    generator = torch.Generator().manual_seed(subject.seed)
+    parts: dict[int, list[Part]] = {}
+
+    def visit(node: Node, frontier: Frontier) -> None:
+        if node in found:
+            second = _second_moments(found[node], frontier, subject.samples.count, generator)  # type: ignore[union-attr]
+            for number, part in _parts(subject, found[node], second, sensitivity[node]):
+                parts.setdefault(number, []).append(part)
+
+    sweep(module, list(subject.samples.examples()), visit)
+    for done, (number, own_parts) in enumerate(parts.items(), 1):
+        group = subject.grouping.groups[number]
+        total[group.variables] += eliminate(own_parts, group.width)
+        subject.tick(done, len(parts))
+    if not np.isfinite(total).all():
+        raise UsageError("the samples lead to values that are not finite (NaN or infinity), so obs cannot score")
+    return [total[group.variables] for group in subject.grouping.groups]
+
+
+def _channels(subject: Subject, reader: Reader) -> Any:
+    """The variables behind each input channel; None where removing one takes the reader's outputs along with it."""
+    axis = 1 if reader.kind.startswith("conv") else -1
+    rows = subject.types.solution.factors(subject.types.values[reader.source][axis])
+    results = subject.types.solution.factors(subject.types.values[reader.node][axis])
+    if not (rows >= 0).any():
+        return None
+    if reader.groups > 1 and np.isin(rows[rows >= 0], results).all():
+        return None  # a depthwise convolution: its output goes with its input
+    return rows
+
+
+def _unread(subject: Subject, found: dict[Node, Reader]) -> dict[int, tuple[Node, int]]:
+    """For every group that some of its readers do not see: the last node that carries it, and on which axis."""
+    read = np.zeros(subject.types.solution.variables, np.bool_)
+    for reader in found.values():
+        rows = _channels(subject, reader)
+        read[rows[rows >= 0]] = True
+    left = {g.number for g in subject.grouping.groups if not read[g.variables].all()}
+    places: dict[int, tuple[Node, int]] = {}
+    for node in subject.types.captured.module.graph.nodes if left else ():
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        for position, axis in enumerate(subject.types.values[node]):
+            rows = subject.types.solution.factors(axis)
+            for number in np.unique(subject.grouping.group_of[rows[rows >= 0]]).tolist():
+                if number in left:
+                    places[number] = (node, position)
+    return places
+
+
+class _Probing(Interpreter):
+    """Runs a graph and keeps the results of some nodes as they were before anything wrote into them."""
+
+    def __init__(self, module: torch.fx.GraphModule, wanted: set[Node]) -> None:
+        super().__init__(module)
+        self.wanted = wanted
+        self.caught: dict[Node, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """A wanted result is caught and a copy goes on."""
+        value = super().run_node(n)
+        if n not in self.wanted:
+            return value
+        self.caught[n] = value if value.requires_grad else value.requires_grad_()
+        return value.clone()
+
+    def results(self, example: Example) -> list[Tensor]:
+        """The output tensors."""
+        leaves = pytree.tree_leaves((example.args, example.kwargs))
+        copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        found = self.run(*copies, enable_io_processing=False)
+        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def _sensitivities(
+    subject: Subject, read: set[Node], gated: set[tuple[Node, int]]
+) -> tuple[dict[Node, Tensor], dict[tuple[Node, int], Scores]]:
+    """How much random combinations of the model's outputs move.
+
+    Per reader: the expected squared derivative by each of its outputs, summed over places. Per gated node and axis:
+    the expected squared derivative by a gate on each index of the axis.
+    """
+    assert subject.samples is not None
+    generator = torch.Generator().manual_seed(subject.seed + 1)
+    slopes_of = {node: torch.zeros(()) for node in read}
+    gates_of = {place: np.zeros(len(subject.types.values[place[0]][place[1]])) for place in gated}
+    seen = 0
+    for example in subject.samples.examples():
+        with torch.enable_grad():
+            probing = _Probing(subject.types.captured.module, {*read, *(node for node, _ in gated)})
+            outputs = [t for t in probing.results(example) if t.requires_grad]
+            for probe in range(_PROBES if outputs else 0):
+                total = torch.stack([_combination(output, generator) for output in outputs]).sum()
+                values = list(probing.caught.values())
+                slopes = torch.autograd.grad(total, values, retain_graph=probe + 1 < _PROBES, allow_unused=True)
+                slope_of = dict(zip(probing.caught, slopes, strict=True))
+                for node in read:
+                    if (slope := slope_of[node]) is not None:
+                        channel = 1 if operator_name(node).startswith("conv") else slope.dim() - 1
+                        slopes_of[node] = slopes_of[node] + slope.double().square().movedim(channel, -1).flatten(
+                            0, -2
+                        ).sum(0)
+                for node, axis in gated:
+                    if (slope := slope_of[node]) is not None:
+                        products = (probing.caught[node].detach() * slope).double().movedim(axis, -1)
+                        # A derivative for each sample, so that samples do not cancel out.
+                        first = len(products) if axis and products.dim() > 1 else 1
+                        squares = products.reshape(first, -1, products.shape[-1]).sum(1).square().sum(0)
+                        gates_of[node, axis] += squares.cpu().numpy()
+        seen += len(example.tensors()[0])
+        if seen >= _PROBED:
+            break
+    count = seen * _PROBES
+    return (
+        {node: value / count for node, value in slopes_of.items()},
+        {place: value / count for place, value in gates_of.items()},
+    )
+
+
+def _combination(output: Tensor, generator: torch.Generator) -> Tensor:
+    """A random combination of one output's numbers, each in units of the output's own deviation."""
+    noise = torch.randn(output.shape, generator=generator).to(output)
+    spread = output.detach().std() if output.numel() > 1 else torch.ones(())
+    per_sample = max(1, output.numel() // max(1, len(output)) if output.dim() else 1)
+    combined: Tensor = (output * noise).sum() / (spread.clamp_min(1e-12) * per_sample**0.5)
+    return combined
+
+
+def _second_moments(reader: Reader, frontier: Frontier, samples: int, generator: torch.Generator) -> Tensor:
+    """E[x x^T] over places of the output, [groups, inputs, inputs] in float64, with a ridge."""
+    module = frontier.module
+    weight: Tensor = attribute(module, reader.weight).detach()
+    groups, _, inputs = reader.matrix(module).shape
+    results = frontier.of(reader.node)
+    counts = [reader.places(value) for value in results]
+    share = min(1.0, max(_FEWEST_ROWS, _ROWS_PER_INPUT * inputs) / sum(counts))
+    total = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=weight.device)
+    rows = 0
+    for value, result, count in zip(frontier.of(reader.source), results, counts, strict=True):
+        places = torch.randperm(count, generator=generator)[: max(1, round(share * count))].to(weight.device)
+        x = reader.rows(value, weight, result.shape[2:], places)
+        total += (x.transpose(1, 2) @ x).double()
+        rows += len(places)
+    total /= rows
+    mean = total.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    return total + torch.diag_embed((_RIDGE * mean)[:, None].expand(-1, inputs))
+
+
+@dataclass
+class Part:
+    """What one reader says of one group's channels, while they are eliminated.
+
+    inverse: [n, n] the group's part of H^-1, given what is gone; weights: [n, n] its part of W^T diag(s) W, after
+    the remaining weights made up for what is gone; n is channels times `each`, channel after channel.
+    """
+
+    inverse: Tensor
+    weights: Tensor
+    each: int
+
+    def costs(self) -> Scores:
+        """[channels] what it costs to remove each channel alone."""
+        channels = len(self.inverse) // self.each
+        blocks = (channels, self.each, channels, self.each)
+        diagonal = torch.arange(channels, device=self.inverse.device)
+        inverse = self.inverse.reshape(blocks)[diagonal, :, diagonal]
+        weights = self.weights.reshape(blocks)[diagonal, :, diagonal]
+        solved = torch.linalg.solve(inverse, weights) if self.each > 1 else weights / inverse
+        return np.asarray(solved.diagonal(dim1=1, dim2=2).sum(1).double().cpu())
+
+    def remove(self, gone: Sequence[int]) -> float:
+        """Eliminate channels (by their present places) and give what that costs in all."""
+        own = torch.zeros(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
+        own.reshape(-1, self.each)[list(gone)] = True
+        inverse, weights = self.inverse, self.weights
+        factor = torch.linalg.solve(inverse[own][:, own], inverse[own][:, ~own])
+        cost = float(torch.linalg.solve(inverse[own][:, own], weights[own][:, own]).diagonal().sum())
+        self.inverse = inverse[~own][:, ~own] - inverse[~own][:, own] @ factor
+        cross = weights[~own][:, own] @ factor
+        self.weights = weights[~own][:, ~own] - cross - cross.T + factor.T @ weights[own][:, own] @ factor
+        return cost
+
+
+def eliminate(parts: Sequence[Part], width: int) -> Scores:
+    """Remove a group's channels from the cheapest on; each one's score is what its removal cost at its turn.
+
+    Scores never fall along the order, so that ranking by them gives it back. The last channel is scored as the one
+    before it at least.
+    """
+    scores = np.zeros(width)
+    left = np.arange(width)
+    highest = 0.0
+    while len(left):
+        costs = np.maximum(sum(part.costs() for part in parts), 0.0)
+        count = max(1, min(len(left) // _ROUNDS, len(left) - 1))
+        chosen = np.argsort(costs, kind="stable")[:count]
+        together = float(costs[chosen].sum())
+        if len(left) > count:
+            together = max(together, sum(part.remove(chosen.tolist()) for part in parts))
+        share = together / max(float(costs[chosen].sum()), 1e-300)
+        for place in chosen:
+            highest = max(highest, float(costs[place]) * share)
+            scores[left[place]] = highest
+        left = np.delete(left, chosen)
+    return scores
+
+
+def _parts(subject: Subject, reader: Reader, second: Tensor, sensitivity: Tensor) -> list[tuple[int, Part]]:
+    """What a reader says of each group that it reads."""
+    matrix = reader.matrix(subject.types.captured.module).double()
+    groups, outputs, inputs = matrix.shape
+    rows = _channels(subject, reader)
+    each = inputs * groups // len(rows)  # inputs of one index: places of the kernel
+    factor, failed = torch.linalg.cholesky_ex(second)
+    if bool(failed.any()):
+        raise UsageError("the samples lead to values that are not finite (NaN or infinity), so obs cannot score")
+    inverse = torch.cholesky_inverse(factor)
+    if sensitivity.numel() == groups * outputs:
+        matrix = matrix * sensitivity.sqrt().to(matrix).reshape(groups, outputs, 1)
+    per_group = len(rows) // groups
+    found = []
+    for block in range(groups):
+        places = _places(rows[block * per_group : (block + 1) * per_group])
+        for number in np.unique(subject.grouping.group_of[list(places)]).tolist():
+            variables = subject.grouping.groups[number].variables.tolist() if number >= 0 else []
+            own = [places[variable] for variable in variables if variable in places]
+            if not own or len(own) != len(variables) or len({len(indices) for indices in own}) != 1:
+                continue
+            index = torch.tensor(own, device=matrix.device)
+            index = (index[:, :, None] * each + torch.arange(each, device=matrix.device)).flatten()
+            exact = torch.float64 if len(index) <= _EXACT else torch.float32
+            weights = matrix[block][:, index].to(exact)
+            part = Part(inverse[block][index][:, index].to(exact), weights.T @ weights, len(index) // len(own))
+            found.append((number, part))
+    return found
+
+
+def _places(rows: Terms) -> dict[int, list[int]]:
+    """For each variable the indices that go with it."""
+    found: dict[int, list[int]] = {}
+    for column in rows.T:
+        live = np.flatnonzero(column >= 0)
+        for variable, index in zip(column[live].tolist(), live.tolist(), strict=True):
+            found.setdefault(variable, []).append(index)
+    return {variable: sorted(set(indices)) for variable, indices in found.items()}

@@ -1,0 +1,186 @@
+"""Samples made up where there is no data: pictures for image models, tokens for language models.
+
+Pictures are dead leaves: overlapping shapes of all sizes, each with a colour, a shade and a little grain. They have
+what makes real pictures special to a network (edges, flat parts, the same at every scale), and no content. Measured on
+networks for real pictures they are worth far more than noise, and less than real data.
+
+Source: Lee, Mumford and Huang, "Occlusion Models for Natural Images" (IJCV 2001), section 4: sizes with density
+r^-3 make the statistics scale invariant. Baradad et al., "Learning to See by Looking at Noise" (NeurIPS 2021).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from .graph.capture import Captured, Example
+from .graph.infer import attribute
+from .graph.rule import arguments, operator_name
+from .recovery.bn import is_reestimated
+from .samples import Batch, Samples
+
+_SHAPES = 120
+_SMALLEST = 0.03
+"""Radius of the smallest shape, as a share of the picture's side; the largest is the whole side."""
+_CHANNELS = (1, 3)
+_BATCH = 64
+_MATCHING_ROUNDS = 40
+_FEWEST_ROUNDS = 5
+_MATCHING_MACS = 1e12
+_MATCHING_RATE = 0.1
+
+Picture = npt.NDArray[np.float32]
+
+
+def synthetic(captured: Captured, count: int, macs: float, seed: int = 0) -> Samples | None:
+    """Samples of the kind that the model takes; None where its inputs are neither pictures nor tokens.
+
+    captured: gives the shapes, and the vocabulary where tokens are looked up. count: how many samples.
+    macs: what one sample costs; pictures are fitted to the model only where that is quick.
+    """
+    example = captured.example
+    tensors = example.tensors()
+    step = _BATCH if captured.dynamic_shapes is not None else captured.batch
+    sizes = [min(step, count - start) for start in range(0, count, step)]
+    if captured.dynamic_shapes is None:
+        sizes = [step] * len(sizes)
+    generator = np.random.default_rng(seed)
+    if len(tensors) == 1 and _is_picture(tensors[0]):
+        device = tensors[0].device
+        made = [dead_leaves(size, tuple(tensors[0].shape[1:]), generator).to(device) for size in sizes]
+        source = "synthetic pictures of overlapping shapes"
+        rounds = min(_MATCHING_ROUNDS, int(_MATCHING_MACS / (3 * max(macs, 1.0) * count)))
+        if rounds >= _FEWEST_ROUNDS and any(is_reestimated(node) for node in captured.module.graph.nodes):
+            made = [matched(captured, example, pictures, rounds) for pictures in made]
+            source += ", fitted to the model's batch norms"
+        return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source)
+    vocabularies = _vocabularies(captured.module)
+    if vocabularies and not any(t.is_floating_point() for t in tensors):
+        return Samples(tuple(Batch(_tokens(example, size, vocabularies, generator)) for size in sizes), "random tokens")
+    return None
+
+
+def _is_picture(tensor: Tensor) -> bool:
+    return (
+        tensor.dim() == 4
+        and tensor.dtype == torch.float32
+        and tensor.shape[1] in _CHANNELS
+        and min(tensor.shape[2:]) >= 8
+    )
+
+
+def dead_leaves(count: int, shape: tuple[int, ...], generator: np.random.Generator) -> Tensor:
+    """Pictures [count, channels, height, width] with mean 0 and deviation 1 over all of them."""
+    pictures = np.stack([_picture(shape, generator) for _ in range(count)])
+    flat = pictures - pictures.mean(axis=(0, 2, 3), keepdims=True)
+    return torch.from_numpy((flat / (flat.std() + 1e-6)).astype(np.float32))
+
+
+def _picture(shape: tuple[int, ...], generator: np.random.Generator) -> Picture:
+    channels, height, width = shape
+    side = max(height, width)
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    picture = np.empty(shape, np.float32)
+    picture[:] = generator.uniform(size=(channels, 1, 1))
+    # The inverse of the distribution function of r^-3 between the smallest and 1.
+    uniform = generator.uniform(size=_SHAPES)
+    sizes = side * _SMALLEST / np.sqrt(1 - uniform * (1 - _SMALLEST**2))
+    for radius in np.sort(sizes)[::-1] if generator.uniform() < 0.5 else sizes:
+        y, x = generator.uniform(-0.1, 1.1, 2) * (height, width)
+        reach = 1.5 * radius
+        top, bottom = max(0, int(y - reach)), min(height, int(y + reach) + 2)
+        left, right = max(0, int(x - reach)), min(width, int(x + reach) + 2)
+        if top >= bottom or left >= right:
+            continue
+        dy, dx = rows[top:bottom, left:right] - y, columns[top:bottom, left:right] - x
+        angle = generator.uniform(0, np.pi)
+        along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+        stretch = generator.uniform(0.3, 1.0)
+        if generator.uniform() < 0.5:
+            inside = along**2 + (across / stretch) ** 2 < radius**2
+        else:
+            inside = (np.abs(along) < radius) & (np.abs(across) < radius * stretch)
+        colour = generator.uniform(size=(channels, 1, 1)) + generator.normal(0, 0.15) * along / radius
+        grain = generator.normal(0, generator.uniform(0, 0.1), size=(1, *along.shape))
+        window = picture[:, top:bottom, left:right]
+        np.copyto(window, (colour + grain).astype(np.float32), where=inside)
+    return picture
+
+
+def matched(captured: Captured, example: Example, pictures: Tensor, rounds: int) -> Tensor:
+    """Change pictures until the inputs of the model's batch norms have the statistics that these stored in training.
+
+    Source: Cai et al., "ZeroQ" (CVPR 2020), equation 3, with differences relative to the stored variance.
+    """
+    pictures = pictures.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([pictures], lr=_MATCHING_RATE)
+    for done in range(rounds):
+        for group in optimiser.param_groups:
+            group["lr"] = _MATCHING_RATE * (1 - done / rounds)
+        with torch.enable_grad():
+            statistics = _Statistics(captured.module)
+            leaves = pytree.tree_leaves(example.map(lambda _: pictures.clone()).args + tuple(example.kwargs.values()))
+            statistics.run(*leaves, enable_io_processing=False)
+            (gradient,) = torch.autograd.grad(torch.stack(statistics.losses).mean(), [pictures])
+        pictures.grad = gradient
+        optimiser.step()
+    return pictures.detach()
+
+
+class _Statistics(Interpreter):
+    """Runs a graph and measures how far each batch norm's input is from its stored statistics."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.losses: list[Tensor] = []
+
+    def run_node(self, n: Node) -> Any:
+        """Compare before the norm runs, since it may write in place."""
+        if is_reestimated(n):
+            call = arguments(n)
+            x = self.env[call["input"]]
+            mean, variance = (self.env[call[name]].detach() for name in ("running_mean", "running_var"))
+            others = [axis for axis in range(x.dim()) if axis != 1]
+            off = (x.mean(others) - mean).square() / (variance + 1e-5)
+            wide = (((x.var(others) + 1e-5) / (variance + 1e-5)).log()).square()
+            self.losses.append((off + wide).mean())
+        return super().run_node(n)
+
+
+def _vocabularies(module: GraphModule) -> dict[int, int]:
+    """For each input (by place) that embeddings look up: how many rows the smallest of these tables has."""
+    found: dict[int, int] = {}
+    places = {node: i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+    for node in module.graph.nodes:
+        if node.op != "call_function" or operator_name(node) != "embedding":
+            continue
+        call = arguments(node)
+        table, index = call["weight"], call["indices"]
+        if isinstance(table, Node) and table.op == "get_attr" and index in places:
+            rows = len(attribute(module, str(table.target)))
+            found[places[index]] = min(rows, found.get(places[index], rows))
+    return found
+
+
+def _tokens(example: Example, count: int, vocabularies: dict[int, int], generator: np.random.Generator) -> Example:
+    """Tokens of falling frequency (Zipf's law) where a table is looked up; other inputs repeat the example's."""
+    place = -1
+
+    def fill(tensor: Tensor) -> Tensor:
+        nonlocal place
+        place += 1
+        if place not in vocabularies:
+            return tensor[torch.arange(count) % len(tensor)] if tensor.dim() else tensor
+        rows = vocabularies[place]
+        weights = 1.0 / np.arange(1, rows + 1)
+        order = generator.permutation(rows)
+        drawn = order[generator.choice(rows, size=(count, *tensor.shape[1:]), p=weights / weights.sum())]
+        return torch.from_numpy(drawn).to(tensor)
+
+    return example.map(fill)
