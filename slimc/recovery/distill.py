@@ -26,7 +26,7 @@ from slimc.recover import Task, step
 
 EPOCHS = 40
 _MOST_MACS = 1.2e12
-_FEWEST_EPOCHS = 2
+_FEWEST_EPOCHS = 5
 _RATE = 1e-3
 _BATCH = 64
 _WARMUP = 0.1

@@ -37,12 +37,14 @@ from slimc.scores import Scores, Subject, scorer
 _RIDGE = 1e-3
 _ROWS_PER_INPUT = 4
 _FEWEST_ROWS = 8_000
-_ROUNDS = 32
-"""A group's channels are eliminated one by one, or a 32nd of those left at a time."""
-_EXACT = 1024
-"""Larger matrices are eliminated in float32."""
-_PROBES = 2
-_PROBED = 128
+_SMALL, _ROUNDS, _WIDE_ROUNDS, _SHARE_LEFT = 256, 32, 8, 32
+"""Channels are eliminated one by one, or a 32nd of those left at a time; an eighth in groups of more than 256."""
+_EXACT = 640
+"""Inputs of a convolution beyond which its taps are taken for independent."""
+_WIDEST = 6_144
+"""Inputs of a reader beyond which its second moments would take too much memory; it then says nothing."""
+_PROBES = 1
+_PROBED = 64
 """Samples whose gradients are taken."""
 
 
@@ -74,8 +76,9 @@ def obs(subject: Subject) -> list[Scores]:
 
     def visit(node: Node, frontier: Frontier) -> None:
         if node in found:
-            second = _second_moments(found[node], frontier, subject.samples.count, generator)  # type: ignore[union-attr]
-            for number, part in _parts(subject, found[node], second, sensitivity[node]):
+            second, matrix = _second_moments(found[node], frontier, generator)
+            matrix = matrix * _per_row(sensitivity[node], matrix).sqrt()
+            for number, part in _parts(subject, found[node], second, matrix):
                 parts.setdefault(number, []).append(part)
 
     sweep(module, list(subject.samples.examples()), visit)
@@ -93,11 +96,19 @@ def _channels(subject: Subject, reader: Reader) -> Any:
     axis = 1 if reader.kind.startswith("conv") else -1
     rows = subject.types.solution.factors(subject.types.values[reader.source][axis])
     results = subject.types.solution.factors(subject.types.values[reader.node][axis])
-    if not (rows >= 0).any():
+    if not (rows >= 0).any() or reader.matrix(subject.types.captured.module).shape[2] > _WIDEST * _taps(
+        subject, reader
+    ):
         return None
     if reader.groups > 1 and np.isin(rows[rows >= 0], results).all():
         return None  # a depthwise convolution: its output goes with its input
     return rows
+
+
+def _taps(subject: Subject, reader: Reader) -> int:
+    """Places of a convolution's kernel."""
+    weight: Tensor = attribute(subject.types.captured.module, reader.weight)
+    return weight[0, 0].numel() if reader.kind.startswith("conv") else 1
 
 
 def _unread(subject: Subject, found: dict[Node, Reader]) -> dict[int, tuple[Node, int]]:
@@ -198,24 +209,48 @@ def _combination(output: Tensor, generator: torch.Generator) -> Tensor:
     return combined
 
 
-def _second_moments(reader: Reader, frontier: Frontier, samples: int, generator: torch.Generator) -> Tensor:
-    """E[x x^T] over places of the output, [groups, inputs, inputs] in float64, with a ridge."""
+def _per_row(sensitivity: Tensor, matrix: Tensor) -> Tensor:
+    """Each output's number at its rows of the matrix, [groups, rows, 1]."""
+    if not sensitivity.dim():  # the outputs do not depend on it
+        return torch.zeros(1, 1, 1, dtype=torch.float64, device=matrix.device)
+    own = sensitivity.to(matrix).reshape(len(matrix), -1, 1)
+    return own.repeat_interleave(matrix.shape[1] // own.shape[1], dim=1)
+
+
+def _second_moments(reader: Reader, frontier: Frontier, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """E[x x^T] over places, [groups, n, n] in float64 with a ridge, and the weights as [groups, rows, n] to go with it.
+
+    n is the reader's inputs; where a kernel makes these many, n is its input channels: the taps of the kernel are then
+    taken for independent of each other and alike, and each tap's weights are rows of their own.
+    """
     module = frontier.module
     weight: Tensor = attribute(module, reader.weight).detach()
-    groups, _, inputs = reader.matrix(module).shape
+    matrix = reader.matrix(module).double()
+    groups, outputs, inputs = matrix.shape
     results = frontier.of(reader.node)
+    taps = weight[0, 0].numel() if reader.kind.startswith("conv") else 1
+    merged = taps > 1 and inputs > _EXACT
+    size = inputs // taps if merged else inputs
     counts = [reader.places(value) for value in results]
-    share = min(1.0, max(_FEWEST_ROWS, _ROWS_PER_INPUT * inputs) / sum(counts))
-    total = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=weight.device)
+    share = min(1.0, max(_FEWEST_ROWS, _ROWS_PER_INPUT * size) / sum(counts))
+    total = torch.zeros(groups, size, size, dtype=torch.float64, device=weight.device)
     rows = 0
     for value, result, count in zip(frontier.of(reader.source), results, counts, strict=True):
-        places = torch.randperm(count, generator=generator)[: max(1, round(share * count))].to(weight.device)
-        x = reader.rows(value, weight, result.shape[2:], places)
+        if merged:
+            flat = value.movedim(1, -1).reshape(-1, value.shape[1])
+            places = torch.randperm(len(flat), generator=generator)[: max(1, round(share * count))].to(weight.device)
+            x = flat[places].reshape(len(places), groups, size).transpose(0, 1)
+        else:
+            places = torch.randperm(count, generator=generator)[: max(1, round(share * count))].to(weight.device)
+            x = reader.rows(value, weight, result.shape[2:], places)
         total += (x.transpose(1, 2) @ x).double()
         rows += len(places)
     total /= rows
+    if merged:
+        split = matrix.reshape(groups, outputs, size, taps)
+        matrix = split.transpose(2, 3).reshape(groups, outputs * taps, size)
     mean = total.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    return total + torch.diag_embed((_RIDGE * mean)[:, None].expand(-1, inputs))
+    return total + torch.diag_embed((_RIDGE * mean)[:, None].expand(-1, size)), matrix
 
 
 @dataclass
@@ -264,7 +299,10 @@ def eliminate(parts: Sequence[Part], width: int) -> Scores:
     highest = 0.0
     while len(left):
         costs = np.maximum(sum(part.costs() for part in parts), 0.0)
-        count = max(1, min(len(left) // _ROUNDS, len(left) - 1))
+        if width > _SMALL and len(left) <= width // _SHARE_LEFT:
+            count = len(left)  # of a wide group the last few go as one: no budget gets that far
+        else:
+            count = max(1, min(len(left) // (_ROUNDS if width <= _SMALL else _WIDE_ROUNDS), len(left) - 1))
         chosen = np.argsort(costs, kind="stable")[:count]
         together = float(costs[chosen].sum())
         if len(left) > count:
@@ -277,18 +315,15 @@ def eliminate(parts: Sequence[Part], width: int) -> Scores:
     return scores
 
 
-def _parts(subject: Subject, reader: Reader, second: Tensor, sensitivity: Tensor) -> list[tuple[int, Part]]:
-    """What a reader says of each group that it reads."""
-    matrix = reader.matrix(subject.types.captured.module).double()
-    groups, outputs, inputs = matrix.shape
+def _parts(subject: Subject, reader: Reader, second: Tensor, matrix: Tensor) -> list[tuple[int, Part]]:
+    """What a reader says of each group that it reads; matrix [groups, rows, n], each row scaled by its sensitivity."""
+    groups, _, size = matrix.shape
     rows = _channels(subject, reader)
-    each = inputs * groups // len(rows)  # inputs of one index: places of the kernel
+    each = size * groups // len(rows)  # inputs of one index: places of the kernel
     factor, failed = torch.linalg.cholesky_ex(second)
     if bool(failed.any()):
         raise UsageError("the samples lead to values that are not finite (NaN or infinity), so obs cannot score")
     inverse = torch.cholesky_inverse(factor)
-    if sensitivity.numel() == groups * outputs:
-        matrix = matrix * sensitivity.sqrt().to(matrix).reshape(groups, outputs, 1)
     per_group = len(rows) // groups
     found = []
     for block in range(groups):
@@ -300,9 +335,8 @@ def _parts(subject: Subject, reader: Reader, second: Tensor, sensitivity: Tensor
                 continue
             index = torch.tensor(own, device=matrix.device)
             index = (index[:, :, None] * each + torch.arange(each, device=matrix.device)).flatten()
-            exact = torch.float64 if len(index) <= _EXACT else torch.float32
-            weights = matrix[block][:, index].to(exact)
-            part = Part(inverse[block][index][:, index].to(exact), weights.T @ weights, len(index) // len(own))
+            weights = matrix[block][:, index]
+            part = Part(inverse[block][index][:, index], weights.T @ weights, len(index) // len(own))
             found.append((number, part))
     return found
 
