@@ -9,7 +9,9 @@ storage of what they view.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from .groups import Grouping
-from .infer import Types, tensors_of
+from .infer import Types, named_tensors, tensors_of
 from .rule import operator_name
 from .terms import Terms
 
 Widths = npt.NDArray[np.int64]
+
+_ONE = np.ones(1)
 
 # These return their input when there is nothing to do, which is the case at inference.
 _PASSES = {"dropout", "contiguous", "to", "alias", "detach", "reshape", "flatten"}
@@ -44,7 +48,9 @@ class Model:
 
     def __init__(self, types: Types, grouping: Grouping) -> None:
         self._batch = types.captured.batch
-        self._monomials(grouping)
+        self._count = len(grouping.axes)
+        self._axis = np.repeat(np.arange(self._count), np.array([len(axis.terms) for axis in grouping.axes], np.int64))
+        self._monomials = _Products([term for axis in grouping.axes for term in axis.terms])
         number = grouping.axis_number
         self._macs = _Products([(c, [number[id(a)] for a in axes]) for c, axes in types.macs])
         owners = [(name, [number[id(a)] for a in axes]) for name, axes in types.tensors.items()]
@@ -53,57 +59,49 @@ class Model:
         self._params = _Products(trained)
         self._bytes = _Products([(float(tensors[name].element_size()), axes) for name, axes in owners])
         self._values, self._birth, self._death = _lifetimes(types, number)
+        self._steps = int(self._death.max(initial=0)) + 2
         self._unused_params, self._unused_bytes = _unused(types)
 
     def __call__(self, widths: Widths) -> Costs:
         """Costs at these widths, one per group."""
         sizes = self.sizes(widths)
         alive = self._values(sizes)
-        change = np.zeros(int(self._death.max(initial=0)) + 2)
-        np.add.at(change, self._birth, alive)
-        np.add.at(change, self._death + 1, -alive)
+        born = np.bincount(self._birth, alive, self._steps)
+        dead = np.bincount(self._death + 1, alive, self._steps)
         return Costs(
             macs=float(self._macs(sizes).sum()) / self._batch,
             params=round(float(self._params(sizes).sum())) + self._unused_params,
             size=round(float(self._bytes(sizes).sum())) + self._unused_bytes,
-            memory=float(np.cumsum(change).max()) / self._batch,
+            memory=float(np.cumsum(born - dead).max()) / self._batch,
         )
 
     def sizes(self, widths: Widths) -> npt.NDArray[np.float64]:
         """The size of every distinct axis."""
-        extended = np.append(widths, 1).astype(np.float64)
-        parts: npt.NDArray[np.float64] = self._coefficient * extended[self._groups].prod(axis=1)
-        return np.bincount(self._axis, parts, self._count).astype(np.float64)
-
-    def _monomials(self, grouping: Grouping) -> None:
-        flat = [(i, c, groups) for i, axis in enumerate(grouping.axes) for c, groups in axis.terms]
-        most = max((len(groups) for _, _, groups in flat), default=0) or 1
-        self._count = len(grouping.axes)
-        self._axis = np.array([i for i, _, _ in flat], np.int64)
-        self._coefficient = np.array([c for _, c, _ in flat], np.float64)
-        # -1 points at the one appended to the widths
-        self._groups = np.array([[*g, *[-1] * (most - len(g))] for _, _, g in flat], np.int64).reshape(-1, most)
+        return np.bincount(self._axis, self._monomials(widths.astype(np.float64)), self._count).astype(np.float64)
 
 
 class _Products:
-    """Constants times products of axis sizes, one number per entry."""
+    """Constants times products of chosen sizes, one number per entry."""
 
-    def __init__(self, entries: list[tuple[float, list[int]]]) -> None:
-        most = max((len(axes) for _, axes in entries), default=0) or 1
+    def __init__(self, entries: Sequence[tuple[float, Sequence[int]]]) -> None:
         self._constant = np.array([c for c, _ in entries], np.float64)
-        self._axes = np.array([[*a, *[-1] * (most - len(a))] for _, a in entries], np.int64).reshape(-1, most)
+        most = max((len(chosen) for _, chosen in entries), default=0)
+        # One row per factor; where an entry has no more factors, -1 points at the one appended to the sizes.
+        self._chosen = np.array(list(zip_longest(*(chosen for _, chosen in entries), fillvalue=-1)), np.int64)
+        self._chosen = self._chosen.reshape(most, len(entries))
 
     def __call__(self, sizes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        extended = np.append(sizes, 1.0)
-        result: npt.NDArray[np.float64] = self._constant * extended[self._axes].prod(axis=1)
+        extended = np.concatenate([sizes, _ONE])
+        result = self._constant
+        for factor in self._chosen:
+            result = result * extended[factor]
         return result
 
 
 def _unused(types: Types) -> tuple[int, int]:
     """Parameters and bytes that the graph never reads but the file carries."""
-    module = types.captured.module
     used = {id(tensor) for tensor in types.weights.values()}
-    rest = {id(t): t for t in [*module.parameters(), *module.buffers()] if id(t) not in used}.values()
+    rest = {id(t): t for _, t in named_tensors(types.captured.module) if id(t) not in used}.values()
     params = sum(t.numel() for t in rest if isinstance(t, torch.nn.Parameter))
     return params, sum(t.numel() * t.element_size() for t in rest)
 

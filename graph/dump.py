@@ -25,7 +25,7 @@ def dump(types: Types, grouping: Grouping) -> str:
 
 
 def _axes(grouping: Grouping, axes: tuple[Terms, ...]) -> str:
-    return "[" + ", ".join(_size(grouping.axes[grouping.axis_number[id(axis)]]) for axis in axes) + "]"
+    return "[" + ", ".join(_size(grouping.size(axis)) for axis in axes) + "]"
 
 
 def _size(axis: Axis) -> str:

@@ -7,6 +7,7 @@ colour is a hash of its places and of the colours that it is multiplied with the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,11 @@ class Axis:
 
     terms: tuple[tuple[int, tuple[int, ...]], ...]
 
+    @property
+    def holds_channels(self) -> bool:
+        """Whether any index of the axis can go."""
+        return any(names for _, names in self.terms)
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -70,21 +76,26 @@ class Grouping:
     axes: tuple[Axis, ...]
     axis_number: dict[int, int]
 
+    def size(self, axis: Terms) -> Axis:
+        """The size polynomial of an axis."""
+        return self.axes[self.axis_number[id(axis)]]
+
 
 def group(types: Types) -> Grouping:
     """Partition the variables that touch parameters into groups."""
     axes = _distinct_axes(types)
-    factors = [types.solution.factors(axis) for axis in axes]
+    rows = types.solution.factors(np.concatenate([types.store.frozen(0), *axes]))  # of all axes, one after the other
+    lengths = np.array([len(axis) for axis in axes], np.int64)
+    factors = np.split(rows, np.cumsum(lengths))[:-1]
     count = types.solution.variables
-    colour = _refine(factors, count)
+    colour = _numbered(_refine(np.repeat(np.arange(len(axes)), lengths), rows, count), rows)
     while True:
         sizes, irregular = _polynomials(factors, colour)
         if not irregular.size:
             break
         # Not every combination of two groups exists; apart, each variable is a group and any set is complete.
         alone = np.isin(colour, irregular)
-        colour = np.where(alone, np.arange(count) + colour.max() + 1, colour)
-        colour = np.unique(colour, return_inverse=True)[1]
+        colour = _numbered(np.where(alone, np.arange(count) + colour.max() + 1, colour), rows)
     return _named(types, axes, colour, sizes)
 
 
@@ -93,19 +104,15 @@ def _distinct_axes(types: Types) -> list[Terms]:
     seen: dict[int, Terms] = {}
     for value in (*types.tensors.values(), *types.values.values()):
         for axes in tensors_of(value):
-            for axis in axes:
-                seen.setdefault(id(axis), axis)
+            seen.update(zip(map(id, axes), axes, strict=True))
     for _, formula in types.macs:
-        for axis in formula:
-            seen.setdefault(id(axis), axis)
+        seen.update(zip(map(id, formula), formula, strict=True))
     return list(seen.values())
 
 
-def _refine(factors: list[Terms], count: int) -> Terms:
+def _refine(place: Terms, rows: Terms, count: int) -> Terms:
     if not count:
         return np.zeros(0, np.int64)
-    place = np.concatenate([np.full(len(f), i) for i, f in enumerate(factors)])
-    rows = np.concatenate(factors)
     live = (rows >= 0).any(axis=1)
     place, rows = place[live], rows[live]
     if rows.shape[1] > 1 and not (rows[:, 1:] >= 0).any():
@@ -115,11 +122,23 @@ def _refine(factors: list[Terms], count: int) -> Terms:
     while True:
         mixed = _signatures(place, rows, colour, count)
         refined = np.unique(mixed, return_inverse=True)[1]
-        if refined.max() + 1 == kinds:
+        if refined.max() + 1 == kinds or rows.shape[1] == 1:
             return refined
         colour, kinds = refined, int(refined.max()) + 1
-        if rows.shape[1] == 1:
-            return refined
+
+
+def _numbered(colour: Terms, rows: Terms) -> Terms:
+    """Colours numbered from 0 in order of first appearance, which is the order of groups; unused ones come last."""
+    if not len(colour):
+        return colour
+    colour = np.unique(colour, return_inverse=True)[1]
+    seen = rows[:, ::-1].ravel()  # factors stand in falling order
+    seen = colour[seen[seen >= 0]]
+    first = np.full(int(colour.max()) + 1, len(seen))
+    first[seen[::-1]] = np.arange(len(seen))[::-1]  # the last value written is that of the first appearance
+    number = np.empty_like(first)
+    number[np.argsort(first, kind="stable")] = np.arange(len(first))
+    return number[colour]
 
 
 def _signatures(place: Terms, rows: Terms, colour: Terms, count: int) -> Words:
@@ -148,7 +167,7 @@ def _scramble(words: Words) -> Words:
 
 def _polynomials(factors: list[Terms], colour: Terms) -> tuple[list[Axis], Terms]:
     """Each axis as a polynomial in widths of colours; and colours for which that is not exact."""
-    widths = np.bincount(colour) if len(colour) else np.zeros(1, np.int64)
+    widths = _widths(colour)
     found, irregular = [], []
     for rows in factors:
         if not (rows >= 0).any():
@@ -162,44 +181,64 @@ def _polynomials(factors: list[Terms], colour: Terms) -> tuple[list[Axis], Terms
     return found, np.unique(np.array(irregular, np.int64))
 
 
-def _sum(variables: Terms, colour: Terms, widths: Terms) -> Axis:
-    constant = int((variables < 0).sum())
-    counts = np.bincount(colour[variables[variables >= 0]], minlength=len(widths))
-    terms = [(int(counts[c]) // int(widths[c]), (int(c),)) for c in np.flatnonzero(counts)]
+def _widths(colour: Terms) -> list[int]:
+    """How many variables have each colour."""
+    counts: list[int] = np.bincount(colour, minlength=1).tolist()
+    return counts
+
+
+def _sum(variables: Terms, colour: Terms, widths: list[int]) -> Axis:
+    live = variables >= 0
+    constant = len(variables) - int(np.count_nonzero(live))
+    counts = np.bincount(colour[variables[live] if constant else variables])
+    kinds = np.flatnonzero(counts)
+    terms = [(n // widths[c], (c,)) for c, n in zip(kinds.tolist(), counts[kinds].tolist(), strict=True)]
     return Axis((*([(constant, ())] if constant else []), *terms))
 
 
-def _sum_of_products(rows: Terms, colour: Terms, widths: Terms) -> tuple[Axis, list[int]]:
+def _sum_of_products(rows: Terms, colour: Terms, widths: list[int]) -> tuple[Axis, list[int]]:
     kinds = np.where(rows >= 0, colour[np.maximum(rows, 0)], -1)
-    order = np.argsort(kinds, axis=1)
-    kinds, rows = np.take_along_axis(kinds, order, 1), np.take_along_axis(rows, order, 1)
-    unique, which = np.unique(kinds, axis=0, return_inverse=True)
+    _, first, which = np.unique(_digest(kinds), return_index=True, return_inverse=True)
     terms: list[tuple[int, tuple[int, ...]]] = []
     wrong: list[int] = []
-    for number, kind in enumerate(unique):
-        chosen = rows[which.ravel() == number]
-        names = tuple(int(c) for c in kind if c >= 0)
-        combinations = int(np.prod([widths[c] for c in names]))
-        _, times = np.unique(chosen, axis=0, return_counts=True)
+    products = _digest(rows)
+    for number, place in enumerate(first.tolist()):
+        chosen = products[which == number]
+        names = tuple(sorted(c for c in kinds[place].tolist() if c >= 0))
+        combinations = math.prod([widths[c] for c in names])
+        times = np.unique(chosen, return_counts=True)[1]
         if len(names) != len(set(names)) or len(times) != combinations or (times != times[0]).any():
             wrong.extend(names)
         terms.append((len(chosen) // max(1, combinations), names))
-    return Axis(tuple(terms)), wrong
+    return Axis(tuple(sorted(terms, key=lambda term: term[1]))), wrong
+
+
+def _digest(rows: Terms) -> Words:
+    """A hash of each row of numbers; -1 is nothing, and sums make the order not matter."""
+    words = _scramble(rows.astype(np.uint64))
+    words[rows < 0] = 0
+    digests: Words = words.sum(axis=1, dtype=np.uint64)
+    return digests
 
 
 def _named(types: Types, axes: list[Terms], colour: Terms, sizes: list[Axis]) -> Grouping:
     """Number the groups that touch parameters, in order of first appearance, and describe them."""
     numbers = {id(axis): i for i, axis in enumerate(axes)}
-    widths = np.bincount(colour) if len(colour) else np.zeros(1, np.int64)
+    widths = _widths(colour)
+    each_of: dict[int, dict[int, int]] = {}
     members: dict[int, list[Member]] = {}
     for name, tensor_axes in types.tensors.items():
         for position, axis in enumerate(tensor_axes):
-            for kind, each in _each(sizes[numbers[id(axis)]], widths).items():
+            number = numbers[id(axis)]
+            found = each_of.get(number)
+            if found is None:
+                found = each_of[number] = _each(sizes[number], widths)
+            for kind, each in found.items():
                 members.setdefault(kind, []).append(Member(name, position, each))
     renormalised = _colours_of([axis for _, axis in types.renormalising], types, colour)
     floors = _anchors(sizes)
     variables = _by_colour(colour)
-    order = {kind: number for number, kind in enumerate(members)}
+    order = {kind: number for number, kind in enumerate(members)}  # the same, but for kinds that touch no parameter
     labels = _labels(members)
     groups = tuple(
         Group(
@@ -207,31 +246,35 @@ def _named(types: Types, axes: list[Terms], colour: Terms, sizes: list[Axis]) ->
         )
         for kind, number in order.items()
     )
-    lookup = np.full(int(colour.max()) + 1 if len(colour) else 1, -1)
-    for kind, number in order.items():
-        lookup[kind] = number
-    return Grouping(groups, lookup[colour] if len(colour) else colour, tuple(_renumber(sizes, lookup, colour)), numbers)
+    lookup = np.full(len(widths), -1)
+    lookup[list(order)] = np.arange(len(order))
+    if len(order) < len(widths):
+        sizes = _renumber(sizes, lookup.tolist(), widths)
+    return Grouping(groups, lookup[colour] if len(colour) else colour, tuple(sizes), numbers)
 
 
-def _renumber(sizes: list[Axis], lookup: Terms, colour: Terms) -> list[Axis]:
+def _renumber(sizes: list[Axis], lookup: list[int], widths: list[int]) -> list[Axis]:
     """Polynomials over groups; what touches no parameter always stays and is a constant."""
-    widths = np.bincount(colour) if len(colour) else np.zeros(1, np.int64)
     renumbered = []
     for axis in sizes:
         terms = []
         for count, kinds in axis.terms:
-            stays = int(np.prod([widths[c] for c in kinds if lookup[c] < 0], initial=1))
-            terms.append((count * stays, tuple(int(lookup[c]) for c in kinds if lookup[c] >= 0)))
+            names = tuple([lookup[c] for c in kinds])
+            if -1 in names:
+                stays = math.prod([widths[c] for c in kinds if lookup[c] < 0])
+                terms.append((count * stays, tuple([name for name in names if name >= 0])))
+            else:
+                terms.append((count, names))
         renumbered.append(Axis(tuple(terms)))
     return renumbered
 
 
-def _each(axis: Axis, widths: Terms) -> dict[int, int]:
+def _each(axis: Axis, widths: list[int]) -> dict[int, int]:
     """Indices that one channel of each kind removes from an axis: the derivative of its size at full widths."""
     found: dict[int, int] = {}
     for count, kinds in axis.terms:
         for kind in kinds:
-            beside = int(np.prod([widths[c] for c in kinds if c != kind], initial=1))
+            beside = math.prod([widths[c] for c in kinds if c != kind]) if len(kinds) > 1 else 1
             found[kind] = found.get(kind, 0) + count * beside
     return found
 

@@ -47,14 +47,15 @@ def infer(captured: Captured) -> Types:
     """Infer the channel types of a captured graph."""
     rule.load()
     walk = Inference(captured)
-    for node in captured.module.graph.nodes:
-        walk.values[node] = walk.visit(node)
+    nodes = captured.module.graph.nodes
+    for node in nodes:
+        walk.visit(node)
     return Types(
         captured,
-        walk.values,
-        walk.tensors,
+        {node: walk.value(node) for node in nodes},
+        {name: walk.made(name) for name in walk.weights},  # in the order in which the graph names them
         walk.weights,
-        {name: tuple(walk.aliases[name]) for name in walk.tensors if len(walk.aliases.get(name, ())) > 1},
+        {name: tuple(walk.aliases[name]) for name in walk.weights if len(walk.aliases.get(name, ())) > 1},
         tuple(walk.renormalising),
         tuple(walk.macs),
         tuple(walk.unknown),
@@ -64,19 +65,25 @@ def infer(captured: Captured) -> Types:
 
 
 class Inference:
-    """The state of one walk; rules read axes and sizes from it and unify through it."""
+    """The state of one walk; rules read axes and sizes from it and unify through it.
+
+    The axes of a parameter or buffer are made when a rule first reads them. Until then a rule that knows what an
+    axis is (`tie`) gives it that axis, which is what unifying fresh variables with it would come to, at no cost.
+    """
 
     def __init__(self, captured: Captured) -> None:
         self.module: GraphModule = captured.module
         self.constants = captured.constants
         self.store = Store()
-        self.values: dict[Node, Value] = {}
-        self.tensors: dict[str, Axes] = {}
         self.weights: dict[str, Tensor] = {}
+        self._values: dict[Node, Value] = {}
+        self._tensors: dict[str, Axes] = {}
+        self._given: dict[str, dict[int, Terms]] = {}  # axes of tensors that no rule has read, by position
+        self._first: dict[Node, str] = {}  # the tensor that a node reads
         # Tied weights reach the graph under one of their names; the model's order says which one is theirs.
         self.aliases: dict[str, list[str]] = {}
         self._name_of: dict[int, str] = {}
-        for name, tensor in _named_tensors(captured.module):
+        for name, tensor in named_tensors(captured.module):
             first = self._name_of.setdefault(id(tensor), name)
             self.aliases.setdefault(first, []).append(name)
         self.renormalising: list[tuple[Node, Terms]] = []
@@ -85,15 +92,28 @@ class Inference:
 
     # -- what rules ask -------------------------------------------------------------------------------
 
+    def value(self, node: Node) -> Value:
+        """What a node gives: axes, a tuple of axes for several results, None for what is no tensor."""
+        name = self._first.get(node)
+        return self._values[node] if name is None else self.made(name)
+
     def axes(self, node: Any) -> Axes:
         """The axes of a tensor argument."""
-        value = self.values[node]
+        value = self.value(node)
         assert isinstance(value, tuple)
         return value
 
     def shape(self, node: Node) -> tuple[int, ...]:
-        """The size of each axis, in the example."""
-        return tuple(len(axis) for axis in self.axes(node))
+        """The size of each axis of a tensor argument, in the example; asking makes no axes."""
+        name = self._first.get(node)
+        return tuple(len(axis) for axis in self.axes(node)) if name is None else tuple(self.weights[name].shape)
+
+    def made(self, name: str) -> Axes:
+        """The axes of a parameter or buffer, made now if no rule has asked before."""
+        axes = self._tensors.get(name)
+        if axes is None:
+            axes = self._tensors[name] = self._own_axes(name, self.weights[name], self._given.pop(name, {}))
+        return axes
 
     def number(self, argument: Any) -> Any:
         """An argument with symbolic sizes replaced by the example's."""
@@ -116,6 +136,32 @@ class Inference:
         if left is not right:
             self.store.unify(left, right, self.cause(node, "its channels do not match one to one"))
 
+    def tie(self, node: Node, tensor: Node, position: int, axis: Terms) -> None:
+        """Make an axis of a tensor argument one with an axis, at best by taking it over."""
+        if self._may_adopt(tensor, position, len(axis)):
+            self._given.setdefault(self._first[tensor], {})[position] = axis
+        else:
+            self.unify(node, axis, self.axes(tensor)[position])
+
+    def keep(self, node: Node, tensor: Node, position: int, reason: str) -> None:
+        """Make an axis of a tensor argument stay because it is no channel: a kernel, say."""
+        size = self.shape(tensor)[position]
+        if self._may_adopt(tensor, position, size):
+            self.tie(node, tensor, position, self.store.structure(size, reason))
+        else:
+            self.freeze(node, self.axes(tensor)[position], reason, "structure")
+
+    def _may_adopt(self, node: Node, position: int, size: int) -> bool:
+        """Whether an axis is still to be made, would be made of fresh variables, and is as long as what it is given.
+
+        An axis of one index is left to unification, since it is frozen where a variable would not be.
+        """
+        name = self._first.get(node)
+        if name is None or name in self._tensors or position in self._given.get(name, ()):
+            return False
+        tensor = self.weights[name]
+        return 1 < size == tensor.shape[position] and tensor.is_floating_point() and name not in self.constants
+
     def freeze(self, node: Node, axis: Terms, reason: str, kind: str = "limit") -> None:
         """Make an axis stay."""
         if axis.any():
@@ -132,10 +178,14 @@ class Inference:
 
     # -- walking --------------------------------------------------------------------------------------
 
-    def visit(self, node: Node) -> Value:
-        """The value of one node."""
+    def visit(self, node: Node) -> None:
+        """Find the value of one node."""
         if node.op == "get_attr":
-            return self._tensor(str(node.target))
+            self._name_tensor(node)
+        else:
+            self._values[node] = self._found(node)
+
+    def _found(self, node: Node) -> Value:
         if node.op == "placeholder":
             return self._input(node)
         if node.op == "output":
@@ -149,25 +199,24 @@ class Inference:
             function = rule.INFER["pointwise"]
         if function is None:
             return self._unknown(node)
-        value = self.values[node] = function(self, node)
+        value = self._values[node] = function(self, node)
         if name in rule.COUNT:
             self.macs.extend((c, tuple(axes)) for c, axes in rule.COUNT[name](self, node))
         return value
 
-    def _tensor(self, name: str) -> Value:
-        tensor = attribute(self.module, name)
+    def _name_tensor(self, node: Node) -> None:
+        """Note which tensor a node reads; its axes are made when someone asks for them."""
+        tensor = attribute(self.module, str(node.target))
         if not isinstance(tensor, Tensor):
-            return None
-        first = self._name_of.setdefault(id(tensor), name)
-        if first not in self.tensors:
-            self.tensors[first] = self._own_axes(first, tensor)
-            self.weights[first] = tensor
-        return self.tensors[first]
+            self._values[node] = None
+            return
+        name = self._first[node] = self._name_of.setdefault(id(tensor), str(node.target))
+        self.weights.setdefault(name, tensor)
 
-    def _own_axes(self, name: str, tensor: Tensor) -> Axes:
+    def _own_axes(self, name: str, tensor: Tensor, given: dict[int, Terms]) -> Axes:
         if not tensor.is_floating_point():  # integers are positions and counts, never channels
             return self.frozen(tensor.shape)
-        axes = tuple(self.store.fresh(size) for size in tensor.shape)
+        axes = tuple(given[i] if i in given else self.store.fresh(size) for i, size in enumerate(tensor.shape))
         if name in self.constants:
             reason = "a constant written in forward() keeps its size; register it as a buffer to let it shrink"
             for axis in axes:
@@ -207,12 +256,12 @@ class Inference:
         )
 
     def _holds_channels(self, node: Node) -> bool:
-        sources = (axes for source in node.all_input_nodes for axes in tensors_of(self.values[source]))
+        sources = (axes for source in node.all_input_nodes for axes in tensors_of(self.value(source)))
         return any(axis.any() and not self.store.is_frozen(axis).all() for axes in sources for axis in axes)
 
     def _freeze_all(self, node: Node, reason: str, kind: str) -> None:
         for source in node.all_input_nodes:
-            for axes in tensors_of(self.values[source]):
+            for axes in tensors_of(self.value(source)):
                 for axis in axes:
                     self.freeze(node, axis, reason, kind)
 
@@ -221,7 +270,7 @@ def tensors_of(value: Value) -> list[Axes]:
     """The axes of every tensor in a value."""
     if value is None:
         return []
-    if all(isinstance(axis, np.ndarray) for axis in value):
+    if not value or isinstance(value[0], np.ndarray):
         return [value]
     return [axes for item in value for axes in tensors_of(item)]
 
@@ -257,9 +306,21 @@ def attribute(module: nn.Module, name: str) -> Any:
     return getattr(module, last)
 
 
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, by every name they have."""
+    modules = list(_named_modules(module, ""))
+    for table in ("_parameters", "_buffers"):
+        for prefix, owner in modules:
+            for name, tensor in getattr(owner, table).items():
+                if tensor is not None:
+                    yield prefix + name, tensor
+
+
+def _named_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _named_modules(child, f"{prefix}{name}.")
 
 
 def _is_tensor(value: Any) -> bool:

@@ -7,6 +7,7 @@ what it touches.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 import pkgutil
@@ -78,17 +79,36 @@ def operator_name(node: Node) -> str:
         return "getitem"
     if not isinstance(target, torch._ops.OpOverload):
         return str(getattr(target, "__name__", target))
-    space, name = target._schema.name.split("::")
-    full = name if space == "aten" else f"{space}::{name}"
-    bare = full.removesuffix("_")
+    full, bare = _names(target)
     return bare if full not in INFER and not full.startswith("_") else full
 
 
 def is_pointwise(node: Node) -> bool:
     """Whether torch itself tags the operator, or its out-of-place form, as acting on each element alone."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
+    return isinstance(node.target, torch._ops.OpOverload) and _is_pointwise(node.target)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """An operator's arguments by name, defaults filled in; to be read only."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return dict(enumerate(node.args)) | node.kwargs  # type: ignore[return-value]
+    defaults = _defaults(node.target)
+    return {**defaults, **node.kwargs, **dict(zip(defaults, node.args, strict=False))}
+
+
+# What torch says of an operator never changes, and asking takes longer than most rules.
+
+
+@functools.cache
+def _names(target: torch._ops.OpOverload) -> tuple[str, str]:
+    """The operator's name, without `aten`; and the same out of place."""
+    space, name = target._schema.name.split("::")
+    full = name if space == "aten" else f"{space}::{name}"
+    return full, full.removesuffix("_")
+
+
+@functools.cache
+def _is_pointwise(target: torch._ops.OpOverload) -> bool:
     if torch.Tag.pointwise in target.tags:
         return True
     space, name = target._schema.name.split("::")
@@ -96,19 +116,9 @@ def is_pointwise(node: Node) -> bool:
     return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
 
-def arguments(node: Node) -> dict[str, Any]:
-    """An operator's arguments by name, defaults filled in."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return dict(enumerate(node.args)) | node.kwargs  # type: ignore[return-value]
-    named = {}
-    for position, parameter in enumerate(node.target._schema.arguments):
-        if position < len(node.args):
-            named[parameter.name] = node.args[position]
-        elif parameter.name in node.kwargs:
-            named[parameter.name] = node.kwargs[parameter.name]
-        else:
-            named[parameter.name] = parameter.default_value
-    return named
+@functools.cache
+def _defaults(target: torch._ops.OpOverload) -> dict[str, Any]:
+    return {parameter.name: parameter.default_value for parameter in target._schema.arguments}
 
 
 def set_argument(node: Node, name: str, value: Any) -> None:

@@ -61,6 +61,7 @@ class Store:
         self._factor_count = 0
         self._factors = np.zeros(1024, np.int64)
         self._frozen_axes: dict[int, Terms] = {}
+        self._structures: dict[tuple[int, str], Terms] = {}
 
     # -- making terms ---------------------------------------------------------------------------------
 
@@ -82,6 +83,14 @@ class Store:
         axis = self._frozen_axes.get(size)
         if axis is None:
             axis = self._frozen_axes[size] = np.zeros(size, np.int64)
+        return axis
+
+    def structure(self, size: int, reason: str) -> Terms:
+        """The one shared array of `size` terms that are frozen because they are no channels, for a reason."""
+        axis = self._structures.get((size, reason))
+        if axis is None:
+            axis = self._structures[size, reason] = self._allocate(size)
+            self.freeze(axis, Cause("", "", "", reason, "structure"))
         return axis
 
     def product(self, columns: Sequence[Terms]) -> Terms:
@@ -123,12 +132,12 @@ class Store:
 
     def find(self, terms: Terms) -> Terms:
         """The representative of each term."""
-        above = self._parent[terms]
-        while True:
-            higher = self._parent[above]
-            if np.array_equal(higher, above):
-                break
-            above = higher
+        above: Terms = self._parent[terms]
+        higher = self._parent[above]
+        if (higher == above).all():
+            return above
+        while not (higher == above).all():
+            above, higher = higher, self._parent[higher]
         self._parent[terms] = above
         return above
 
@@ -193,7 +202,9 @@ class Store:
     def _merge(self, a: Terms, b: Terms, cause: Cause) -> list[tuple[Terms, Terms]]:
         """Join live roots pairwise; returns what must be unified because bindings met."""
         old = np.concatenate([a, b])
-        bound = np.unique(old[self._binding[old] >= 0])
+        bound = old[self._binding[old] >= 0]
+        if bound.size:
+            bound = np.unique(bound)
         products = self._binding[bound]
         while a.size:
             # Several pairs may name one root; the last link wins and the next round joins the rest.

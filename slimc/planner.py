@@ -213,6 +213,8 @@ def steps(grouping: Grouping, round_to: int) -> Widths:
     are free, since the product is then aligned whatever they are.
     """
     needed = np.ones(len(grouping.groups), np.int64)
+    if round_to == 1:
+        return needed
     for axis in grouping.axes:
         for coefficient, names in axis.terms:
             if not names:

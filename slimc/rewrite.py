@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
@@ -14,9 +16,16 @@ from .graph.resize import Cut, Resizing
 class Rewritten:
     """The rewritten graph, and which of its nodes came from which original node."""
 
-    def __init__(self, module: GraphModule, twins: dict[Node, Node]) -> None:
-        self.module = module
+    def __init__(self, graph: Graph, owner: GraphModule, twins: dict[Node, Node]) -> None:
+        self.graph = graph
         self.twins = twins
+        self._owner = owner
+
+    @cached_property
+    def module(self) -> GraphModule:
+        """The graph as a module; its Python code is written when first asked for, as slow a step as the cut itself."""
+        self._owner.graph = self.graph
+        return self._owner
 
 
 def rewrite(types: Types, cut: Cut) -> Rewritten:
@@ -25,21 +34,20 @@ def rewrite(types: Types, cut: Cut) -> Rewritten:
     The original graph and its tensors are left as they are.
     """
     original = types.captured.module
-    module = GraphModule(nn.Module(), Graph(), class_name="SlimGraph")
-    _register(module, slice_tensors(types, cut))
-    graph = Graph(owning_module=module)
+    owner = GraphModule(nn.Module(), Graph(), class_name="SlimGraph")
+    _register(owner, slice_tensors(types, cut))
+    graph = Graph(owning_module=owner)
     graph.output(graph.graph_copy(original.graph, {}))
     graph.set_codegen(original.graph._codegen)  # how arguments and results are packed
-    _copy_untensored(original, graph, module)
+    _copy_untensored(original, graph, owner)
     # The output node is not part of `graph_copy`'s map; both graphs hold their nodes in the same order.
     twins = dict(zip(original.graph.nodes, graph.nodes, strict=True))
     work = Resizing(types, cut.alive)
     for old, new in twins.items():
         if old.op == "call_function" and (resize := rule.RESIZE.get(rule.operator_name(old))) and work.touches(old):
             resize(work, old, new)
-    module.graph = graph  # generates the code, once
-    module.eval()
-    return Rewritten(module, twins)
+    owner.eval()
+    return Rewritten(graph, owner, twins)
 
 
 def slice_tensors(types: Types, cut: Cut) -> dict[str, Tensor]:
@@ -47,12 +55,10 @@ def slice_tensors(types: Types, cut: Cut) -> dict[str, Tensor]:
     sliced: dict[str, Tensor] = {}
     for name, axes in types.tensors.items():
         tensor = types.weights[name]
-        small = tensor.detach()
-        for position, axis in enumerate(axes):
-            if not cut.whole(axis):
-                small = small.index_select(position, cut.indices(axis).to(small.device))
-        if small.data_ptr() == tensor.data_ptr():
-            small = small.clone()
+        shrunk = [(position, axis) for position, axis in enumerate(axes) if not cut.whole(axis)]
+        small = tensor.detach() if shrunk else tensor.detach().clone()
+        for position, axis in shrunk:
+            small = small.index_select(position, cut.indices(axis).to(small.device))
         if isinstance(tensor, nn.Parameter):
             small = nn.Parameter(small, requires_grad=tensor.requires_grad)
         for alias in types.aliases.get(name, (name,)):

@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import InternalError, UsageError
 from .graph.groups import Grouping
 from .graph.infer import Types
+from .graph.terms import Terms
 from .samples import Samples
 
 Need = Literal["weights", "inputs", "labels"]
@@ -62,14 +63,17 @@ class Subject:
         per_index: takes a tensor's name and its axes that hold channels, gives [size] for each of these axes; None
             where the tensor does not count.
         """
-        total = np.zeros(self.types.solution.variables + 1)
+        sums: dict[int, tuple[Terms, Scores]] = {}  # axes that are one are summed first and looked up once
         for name, axes in self.types.tensors.items():
-            factors = {position: self.types.solution.factors(axis) for position, axis in enumerate(axes)}
-            held = [position for position, found in factors.items() if (found >= 0).any()]
-            values = per_index(name, held) if held else None
-            for position, own in (values or {}).items():
-                for column in factors[position].T:
-                    np.add.at(total, column, own)  # -1, no variable, is the last entry
+            held = [position for position, axis in enumerate(axes) if self.grouping.size(axis).holds_channels]
+            for position, own in ((per_index(name, held) if held else None) or {}).items():
+                axis = axes[position]
+                _, before = sums.get(id(axis), (axis, None))
+                sums[id(axis)] = axis, own if before is None else before + own
+        total = np.zeros(self.types.solution.variables + 1)
+        for axis, own in sums.values():
+            for column in self.types.solution.factors(axis).T:
+                np.add.at(total, column, own)  # -1, no variable, is the last entry
         return [total[group.variables] for group in self.grouping.groups]
 
 

@@ -135,3 +135,19 @@ def test_normalised_scores_do_not_depend_on_a_groups_scale(groups: list[list[int
         assert own.mean() == pytest.approx(1.0)
         np.testing.assert_allclose(own, again, rtol=1e-9)
         assert np.array_equal(np.argsort(own, kind="stable"), np.argsort(raw, kind="stable"))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("axes", [[0], [1], [0, 1], [0, 2]])
+def test_power_sums_taken_in_blocks_are_those_of_the_whole_tensor(
+    order: int, axes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimc.scorers import magnitude
+
+    monkeypatch.setattr(magnitude, "_BLOCK", 31)  # two rows at a time, the last one alone
+    tensor = torch.randn(5, 4, 3)
+    found = magnitude._power_sums(tensor, axes, order)
+    assert list(found) == axes
+    for axis, own in found.items():
+        whole = tensor.abs().double().pow(order).sum([other for other in range(3) if other != axis])
+        assert torch.allclose(torch.from_numpy(own), whole)

@@ -24,13 +24,14 @@ Products = list[tuple[float, Sequence[Terms]]]
 def linear(walk: Inference, node: Node) -> Axes:
     """input [..., in], weight [out, in], bias [out] -> [..., out]."""
     call = arguments(node)
-    x, weight = walk.axes(call["input"]), walk.axes(call["weight"])
-    walk.unify(node, x[-1], weight[-1])
-    if len(weight) == 1:
+    x, rank = walk.axes(call["input"]), len(walk.shape(call["weight"]))
+    walk.tie(node, call["weight"], rank - 1, x[-1])
+    if rank == 1:
         return x[:-1]
+    out = walk.axes(call["weight"])[0]
     if call["bias"] is not None:
-        walk.unify(node, weight[0], walk.axes(call["bias"])[0])
-    return (*x[:-1], weight[0])
+        walk.tie(node, call["bias"], 0, out)
+    return (*x[:-1], out)
 
 
 @counts("linear")
@@ -146,14 +147,17 @@ def _spell(names: str, hidden: int) -> list[str]:
 def convolution(walk: Inference, node: Node) -> Axes:
     """input [N, C_in, ...], weight [C_out, C_in/groups, ...] (transposed: [C_in, C_out/groups, ...])."""
     call = arguments(node)
-    x, weight = walk.axes(call["input"]), walk.axes(call["weight"])
-    rank = len(weight) - 2
+    x, weight = walk.axes(call["input"]), call["weight"]
+    rank = len(walk.shape(weight)) - 2
     channel, space = x[-rank - 1], x[len(x) - rank :]
-    for axis in (*space, *weight[2:]):
-        walk.freeze(node, axis, "a convolution needs its space and kernel axes whole", "structure")
-    out = _grouped(walk, node, channel, weight, int(call["groups"]), _is_transposed(node))
+    reason = "a convolution needs its space and kernel axes whole"
+    for axis in space:
+        walk.freeze(node, axis, reason, "structure")
+    for position in range(2, 2 + rank):
+        walk.keep(node, weight, position, reason)
+    out = _tied(walk, node, channel, int(call["groups"]))
     if call["bias"] is not None:
-        walk.unify(node, out, walk.axes(call["bias"])[0])
+        walk.tie(node, call["bias"], 0, out)
     shape = walk.out_shape(node)
     return (*x[: -rank - 1], out, *walk.frozen(shape[len(shape) - rank :]))
 
@@ -162,21 +166,26 @@ def _is_transposed(node: Node) -> bool:
     return "transpose" in str(node.target)
 
 
-def _grouped(walk: Inference, node: Node, channel: Terms, weight: Axes, groups: int, transposed: bool) -> Terms:
+def _tied(walk: Inference, node: Node, channel: Terms, groups: int) -> Terms:
     """Tie the weight's two channel axes to the input; returns the output's channels."""
+    weight: Node = arguments(node)["weight"]
+    transposed = _is_transposed(node)
     if groups == 1:
-        walk.unify(node, channel, weight[0 if transposed else 1])
-        return weight[1 if transposed else 0]
-    group = walk.store.fresh(groups)
+        walk.tie(node, weight, 0 if transposed else 1, channel)
+        return walk.axes(weight)[1 if transposed else 0]
     if transposed:
-        walk.unify(node, weight[0], channel)
-        inside, offset = walk.store.fresh(len(channel) // groups), weight[1]
+        walk.tie(node, weight, 0, channel)
+        group, inside = walk.store.fresh(groups), walk.store.fresh(len(channel) // groups)
         walk.unify(node, channel, _split(walk, group, inside))
-        return _split(walk, group, offset)
-    walk.unify(node, channel, _split(walk, group, weight[1]))
-    offset = walk.store.fresh(len(weight[0]) // groups)
-    walk.unify(node, weight[0], _split(walk, group, offset))
-    return weight[0]
+        return _split(walk, group, walk.axes(weight)[1])
+    outputs, each = walk.shape(weight)[:2]
+    group = channel
+    if each > 1:
+        group, inside = walk.store.fresh(groups), walk.store.fresh(each)
+        walk.tie(node, weight, 1, inside)
+        walk.unify(node, channel, _split(walk, group, inside))
+    walk.tie(node, weight, 0, _split(walk, group, walk.store.fresh(outputs // groups)))
+    return walk.axes(weight)[0]
 
 
 def _split(walk: Inference, group: Terms, offset: Terms) -> Terms:

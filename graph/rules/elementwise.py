@@ -15,7 +15,7 @@ from slimc.graph.rule import Axes, Value, infers
 def pointwise(walk: Inference, node: Node) -> Axes:
     """Operands align at the right; axes of one index broadcast and stay out of it."""
     return broadcast(
-        walk, node, [walk.axes(source) for source in node.all_input_nodes if walk.values[source] is not None]
+        walk, node, [walk.axes(source) for source in node.all_input_nodes if walk.value(source) is not None]
     )
 
 

@@ -24,7 +24,8 @@ def cat(walk: Inference, node: Node) -> Axes:
             joined.append(np.concatenate(here) if len(here) > 1 else here[0])
             continue
         for axis in here[1:]:
-            walk.unify(node, here[0], axis)
+            if axis is not here[0]:  # as nearly always; a join may have hundreds of parts
+                walk.unify(node, here[0], axis)
         joined.append(here[0])
     return tuple(joined)
 
@@ -44,7 +45,7 @@ def stack(walk: Inference, node: Node) -> Axes:
 @infers("getitem")
 def getitem(walk: Inference, node: Node) -> Value:
     """One of several results."""
-    value = walk.values[node.args[0]]  # type: ignore[index]
+    value = walk.value(node.args[0])  # type: ignore[arg-type]
     return value[node.args[1]]
 
 
@@ -75,7 +76,7 @@ def constant_fill(walk: Inference, node: Node) -> Axes:
 def positions(walk: Inference, node: Node) -> Value:
     """Values that depend on their place keep every place."""
     for source in node.all_input_nodes:
-        for axis in walk.values[source] or ():
+        for axis in walk.value(source) or ():
             walk.freeze(node, axis, "its values are places", "structure")
     value = node.meta["val"]
     if isinstance(value, Tensor):

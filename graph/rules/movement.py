@@ -8,6 +8,7 @@ order. That is enough for operators that give each output axis from one input ax
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -18,6 +19,8 @@ from slimc.graph.rule import Axes, Value, arguments, infers, resizes, set_argume
 from slimc.graph.terms import Terms
 
 aten = torch.ops.aten
+Places = npt.NDArray[np.float32]
+"""Where each element of a result comes from, along one axis of the source."""
 
 
 @infers("permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint")
@@ -33,10 +36,13 @@ def movement(walk: Inference, node: Node) -> Value:
     if any(_is_open(call.get(name)) for name in ("start", "end", "length", "index")):
         walk.freeze(node, axes[int(call["dim"]) % len(axes)], "its bounds are not known before the model runs")
     fixed = {name: walk.number(value) for name, value in call.items() if name != source}
-    runs = [node.target(**{source: _coordinates(axes, i)}, **fixed) for i in range(len(axes))]  # type: ignore[operator]
+    # An axis that is no channel has nothing to follow; the first one gives the shapes.
+    followed = [i for i, axis in enumerate(axes) if i == 0 or axis.any()]
+    runs = {i: node.target(**{source: _coordinates(axes, i)}, **fixed) for i in followed}  # type: ignore[operator]
     if isinstance(runs[0], Tensor):
-        return _read(walk, node, axes, runs)
-    return tuple(_read(walk, node, axes, [run[i] for run in runs]) for i in range(len(runs[0])))
+        return _read(walk, node, axes, {i: run.numpy() for i, run in runs.items()})
+    results = range(len(runs[0]))
+    return tuple(_read(walk, node, axes, {i: run[n].numpy() for i, run in runs.items()}) for n in results)
 
 
 def _is_open(bound: object) -> bool:
@@ -54,38 +60,40 @@ def _coordinates(axes: Axes, position: int) -> Tensor:
     return torch.arange(1, shape[position] + 1, dtype=torch.float32).view(ones).expand(shape)
 
 
-def _read(walk: Inference, node: Node, axes: Axes, runs: list[Tensor]) -> Axes:
-    """One axis of the result for each axis of the source that it comes from."""
-    shape = list(runs[0].shape)
+def _read(walk: Inference, node: Node, axes: Axes, runs: dict[int, Places]) -> Axes:
+    """One axis of the result for each axis of the source that it comes from; `runs` by axis of the source."""
+    shape = runs[0].shape
     if 0 in shape and len(shape) == len(axes):
         # An empty piece holds no coordinate to read; it was cut along the axes whose size has changed.
         return tuple(a if len(a) == n else walk.store.frozen(n) for a, n in zip(axes, shape, strict=True))
     result = [walk.store.frozen(size) for size in shape]
-    for axis, run in zip(axes, runs, strict=True):
+    for number, run in runs.items():
+        axis = axes[number]
         along = [i for i, size in enumerate(shape) if size > 1 and _varies(run, i)]
         if not along:
             _drop(walk, node, axis, run)
             continue
         (position,) = along
         terms = np.concatenate([walk.store.frozen(1), axis])  # coordinate 0 is padding
-        moved = terms[_line(run, position).to(torch.int64).numpy()]
-        result[position] = axis if moved.size == axis.size and np.array_equal(moved, axis) else moved
+        moved = terms[_line(run, position).astype(np.int64)]
+        result[position] = axis if np.array_equal(moved, axis) else moved
     return tuple(result)
 
 
-def _line(run: Tensor, position: int) -> Tensor:
+def _line(run: Places, position: int) -> Places:
     """The coordinates along one axis, in the middle of the others, where padding does not reach."""
-    return run[tuple(slice(None) if i == position else size // 2 for i, size in enumerate(run.shape))]
+    line: Places = run[tuple(slice(None) if i == position else size // 2 for i, size in enumerate(run.shape))]
+    return line
 
 
-def _varies(run: Tensor, position: int) -> bool:
+def _varies(run: Places, position: int) -> bool:
     line = _line(run, position)
     return bool((line != line[0]).any())
 
 
-def _drop(walk: Inference, node: Node, axis: Terms, run: Tensor) -> None:
+def _drop(walk: Inference, node: Node, axis: Terms, run: Places) -> None:
     """An axis that feeds nothing was read at one literal index, which must stay."""
-    if len(axis) > 1 and run.numel():
+    if len(axis) > 1 and run.size:
         index = int(run.reshape(-1)[0]) - 1
         walk.freeze(node, axis[index : index + 1], "picked by a literal index", "structure")
 

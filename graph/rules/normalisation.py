@@ -24,7 +24,7 @@ def per_channel(walk: Inference, node: Node) -> Axes:
     axes = walk.axes(call["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call[name] is not None:
-            walk.unify(node, axes[1], walk.axes(call[name])[0])
+            walk.tie(node, call[name], 0, axes[1])
     if call.get("training") or call.get("use_input_stats") or call["running_mean"] is None:
         for axis in (axes[0], *axes[2:]):  # a standardised weight's inputs, say
             walk.renormalise(node, axis)
@@ -39,8 +39,8 @@ def over_last_axes(walk: Inference, node: Node) -> Axes:
     normalised = axes[len(axes) - len(call["normalized_shape"]) :]
     for name in ("weight", "bias"):
         if call.get(name) is not None:
-            for axis, own in zip(normalised, walk.axes(call[name]), strict=True):
-                walk.unify(node, axis, own)
+            for position, axis in enumerate(normalised):
+                walk.tie(node, call[name], position, axis)
     for axis in normalised:
         walk.renormalise(node, axis)
     return axes
@@ -61,7 +61,7 @@ def group_norm(walk: Inference, node: Node) -> Axes:
     axes, groups = walk.axes(call["input"]), int(call["num_groups"])
     for name in ("weight", "bias"):
         if call[name] is not None:
-            walk.unify(node, axes[1], walk.axes(call[name])[0])
+            walk.tie(node, call[name], 0, axes[1])
     for axis in axes[2:]:
         walk.renormalise(node, axis)
     size = len(axes[1]) // groups
@@ -96,7 +96,7 @@ def _reduced(axes: Axes, dims: Any) -> list[int]:
 @infers("nanmedian", "frobenius_norm", "linalg_norm")
 def reduction(walk: Inference, node: Node) -> Value:
     """Reduced axes go; all but a sum of zeros see that elements are missing."""
-    operands = [a for a in node.args if isinstance(a, Node) and walk.values[a] is not None]
+    operands = [a for a in node.args if isinstance(a, Node) and walk.value(a) is not None]
     if len(operands) == 2:  # max(a, b) is element by element
         return broadcast(walk, node, [walk.axes(operand) for operand in operands])
     call = arguments(node)

@@ -74,7 +74,7 @@ def _state(walk: Inference, node: Node, hiddens: list[Terms]) -> Axes:
 
 def _frozen(walk: Inference, node: Node, reason: str) -> tuple[Axes, ...]:
     for source in node.all_input_nodes:
-        for axis in walk.values[source] or ():
+        for axis in walk.value(source) or ():
             walk.freeze(node, axis, reason)
     return tuple(walk.frozen([hint(size) for size in value.shape]) for value in node.meta["val"])
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from slimc.errors import UsageError
 from slimc.scores import Scores, Subject, scorer
 
 ORDER = {"l1": 1, "l2": 2}
+_BLOCK = 1 << 16
+"""Elements that are raised to their power at a time: few enough to stay in a core's cache until they are summed."""
 
 
 @scorer(
@@ -27,22 +30,35 @@ def magnitude(subject: Subject) -> list[Scores]:
     def powers(name: str, axes: list[int]) -> dict[int, Scores] | None:
         if not subject.is_parameter(name):  # a buffer: statistics say nothing of a channel's weight
             return None
-        tensor = subject.tensor(name).float()
-        inner = [axis for axis in range(tensor.dim()) if axis not in axes]  # kernels: no channel lies there
-        size = tensor.shape
-        if all(size[axis] == 1 for axis in inner):
-            flat = tensor.reshape([size[axis] for axis in axes])
-        else:
-            flat = torch.linalg.vector_norm(tensor, order, inner)
-        power = flat.abs() if order == 1 else flat.square()
-        return {axis: _along(power, place) for place, axis in enumerate(axes)}
+        return _power_sums(subject.tensor(name), axes, order)
 
     sums = subject.sum_over_members(powers)
     return sums if order == 1 else [np.sqrt(own) for own in sums]
 
 
-def _along(power: torch.Tensor, axis: int) -> Scores:
-    """Sum over all axes but one."""
-    others = [other for other in range(power.dim()) if other != axis]
-    sums = power.sum(others) if others else power
+def _power_sums(tensor: Tensor, axes: list[int], order: int) -> dict[int, Scores]:
+    """For each of these axes, the sum of |w| or w squared over all the others; the tensor is read once."""
+    flat = tensor.reshape(len(tensor), -1)
+    rows: list[Tensor] = []
+    columns: Tensor | None = None
+    lines = max(1, _BLOCK // flat.shape[1])
+    for start in range(0, len(flat), lines):
+        part = flat[start : start + lines]
+        power = part.float().abs() if order == 1 else part.float().square()
+        if 0 in axes:
+            rows.append(power.sum(1))
+        if axes != [0]:
+            below = power.sum(0)
+            columns = below if columns is None else columns + below
+    found = {0: _numbers(torch.cat(rows) if len(rows) > 1 else rows[0])} if rows else {}
+    if columns is not None:
+        inner = columns.reshape(tensor.shape[1:])
+        for axis in axes:
+            if axis > 0:
+                others = [other for other in range(inner.dim()) if other != axis - 1]
+                found[axis] = _numbers(inner.sum(others) if others else inner)
+    return found
+
+
+def _numbers(sums: Tensor) -> Scores:
     return np.asarray(sums.double().cpu())
