@@ -129,10 +129,22 @@ def _timm_names() -> list[str]:
     return sorted(set(chosen))
 
 
-def _size_hint(name: str) -> tuple[int, int, str]:
+def size_hint(case: str) -> int:
+    """About how many parameters a case has, where its library says so without building it; else 0."""
+    source, _, name = case.partition(":")
+    if source != "torchvision":
+        return 0
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name)
+    return max((int(one.meta["num_params"]) for one in weights), default=0)
+
+
+def _size_hint(name: str) -> tuple[int, int, int, str]:
     rank = next((i for i, part in enumerate(SMALL) if part in name), len(SMALL))
     huge = any(part in name for part in ("large", "huge", "giant", "so400m", "_xl"))
-    return (int(huge), rank, name)
+    depth = re.search(r"[a-z]_?(\d+)", name)
+    return (int(huge), rank, int(depth[1]) if depth else 0, name)
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:
