@@ -18,6 +18,7 @@ from bench import networks
 from slimc.graph.capture import Example
 
 BATCH = 2
+_ORDINARY_SIDE = 400
 
 SMALL = (
     "atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "tiny", "_t", "_xs", "mini", "small", "_s", "_b0", "_0",
@@ -134,8 +135,13 @@ def _timm_names() -> list[str]:
 
 
 def size_hint(case: str) -> int:
-    """About how many parameters a case has, where its library says so without building it; else 0."""
+    """What a case costs, roughly: parameters where its library says so, or the pixels of large pictures."""
     source, _, name = case.partition(":")
+    if source == "timm":
+        import timm
+
+        *_, high, wide = timm.get_pretrained_cfg(name).input_size
+        return int(high * wide) * 100 if high > _ORDINARY_SIDE else 0
     if source != "torchvision":
         return 0
     import torchvision
