@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench import networks
+from slimc.graph.capture import Example
+
 BATCH = 2
+_ORDINARY_SIDE = 400
 
 SMALL = (
     "atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "tiny", "_t", "_xs", "mini", "small", "_s", "_b0", "_0",
@@ -56,18 +60,19 @@ def build(case: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     with quick_initialisation():
         model, inputs = _BUILDERS[source](name)
-    _wake(model)
-    return model.eval(), inputs
+    model.eval()
+    _wake(model, inputs)
+    return model, inputs
 
 
-def _wake(model: nn.Module) -> None:
-    """Random running statistics and affine parameters, so that no channel is zero or alike."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            assert module.running_var is not None
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
+def _wake(model: nn.Module, inputs: Any) -> None:
+    """Weights under which every check can fail: no constants, and batch norms that know their inputs' statistics.
+
+    Without the statistics a deep network's signal grows until float32 itself is off by half (ghostnetv3).
+    """
+    networks.redraw_constants(model, torch.Generator().manual_seed(1))
+    with contextlib.suppress(ValueError):  # a norm over one value has no statistics; it keeps those it has
+        networks.calibrate(model, lambda: Example.of(inputs).run(model))
 
 
 # -- torchvision --------------------------------------------------------------------------------------
@@ -129,10 +134,27 @@ def _timm_names() -> list[str]:
     return sorted(set(chosen))
 
 
-def _size_hint(name: str) -> tuple[int, int, str]:
+def size_hint(case: str) -> int:
+    """What a case costs, roughly: parameters where its library says so, or the pixels of large pictures."""
+    source, _, name = case.partition(":")
+    if source == "timm":
+        import timm
+
+        *_, high, wide = timm.get_pretrained_cfg(name).input_size
+        return int(high * wide) * 100 if high > _ORDINARY_SIDE else 0
+    if source != "torchvision":
+        return 0
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name)
+    return max((int(one.meta["num_params"]) for one in weights), default=0)
+
+
+def _size_hint(name: str) -> tuple[int, int, int, str]:
     rank = next((i for i, part in enumerate(SMALL) if part in name), len(SMALL))
     huge = any(part in name for part in ("large", "huge", "giant", "so400m", "_xl"))
-    return (int(huge), rank, name)
+    depth = re.search(r"[a-z]_?(\d+)", name)
+    return (int(huge), rank, int(depth[1]) if depth else 0, name)
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:

@@ -2,8 +2,8 @@
 
     python -m bench.coverage [torchvision timm hf smp yolo] [--only SUBSTRING] [--jobs 2] [--resume]
 
-Each model runs in a child process of its own with a time limit. Rows are appended to bench/results/coverage.jsonl as
-they finish; docs/coverage.md is rendered from them.
+Each model runs in a child process of its own with a time limit, the smallest models first. Rows are appended to
+bench/results/coverage.jsonl as they finish; docs/coverage.md is rendered from them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "coverage.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
-LIMIT_SECONDS = 180
+LIMIT_SECONDS = 600  # of the clock; what is promised (120) is judged by processor seconds, as other work may run
 
 
 def main() -> None:
@@ -38,11 +38,12 @@ def main() -> None:
     if options.render:
         render()
         return
-    from bench.cases import cases
+    from bench.cases import cases, size_hint
 
     done = {row["case"] for row in rows() if not (options.retry and row.get("error"))} if options.resume else set()
     wanted = [case for case in cases(options.sources) if options.only in case and case not in done]
-    print(f"{len(wanted)} models, {options.jobs} at a time")
+    wanted.sort(key=size_hint)
+    print(f"{len(wanted)} models, {options.jobs} at a time", flush=True)
     for row in in_children(wanted, options.jobs):
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -117,7 +118,7 @@ def measure(case: str) -> dict[str, Any]:
     model, inputs = build(case)
     own = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     stage = "compress"
     try:
         slim = slimc.compress(model, inputs, flops=0.5, round_to=1)
@@ -128,6 +129,7 @@ def measure(case: str) -> dict[str, Any]:
     except Exception as error:
         row["error"] = f"{stage}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     row["seconds"] = round(time.perf_counter() - start, 1)
+    row["cpu_seconds"] = round(time.process_time() - processor, 1)
     row["memory_ratio"] = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / max(1, own), 1)
     return row
 

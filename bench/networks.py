@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,11 +46,20 @@ def awaken(model: nn.Module, inputs: Tensor) -> None:
     """
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
+        redraw_constants(model, generator)
+        images = torch.randn(_CALIBRATION_BATCH, *inputs.shape[1:], generator=generator)
+        calibrate(model, lambda: model(images))
+
+
+def redraw_constants(model: nn.Module, generator: torch.Generator) -> None:
+    """Random values for parameters that are all alike, or next to zero, in place."""
+    with torch.no_grad():
         for parameter in model.parameters():
+            if parameter.numel() < 2 or not parameter.is_floating_point():
+                continue
             low, high = float(parameter.min()), float(parameter.max())
-            if parameter.numel() > 1 and (low == high or max(-low, high) < 1e-3):
+            if low == high or max(-low, high) < 1e-3:
                 parameter.copy_(_redrawn(parameter, low, generator))
-        _calibrate(model, inputs, generator)
 
 
 def _redrawn(parameter: Tensor, value: float, generator: torch.Generator) -> Tensor:
@@ -61,19 +71,22 @@ def _redrawn(parameter: Tensor, value: float, generator: torch.Generator) -> Ten
     return 0.5 + noise.mul(0.1) if 0 < abs(value) < 1e-3 else noise.mul(0.1)
 
 
-def _calibrate(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> None:
-    """Let batch norms take the statistics of one batch, so that signals keep their scale as in a trained network."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+def calibrate(model: nn.Module, run: Callable[[], object]) -> None:
+    """Let batch norms take the statistics of one run, so that signals keep their scale as in a trained network."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     if not norms:
         return
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
-    model(torch.randn(_CALIBRATION_BATCH, *inputs.shape[1:], generator=generator))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.eval()
-        norm.momentum = momentum
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
 
 
 class ConcatChain(nn.Module):

@@ -9,6 +9,7 @@ is captured with the example's shapes and `Captured.batch_note` says why.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,6 +113,8 @@ def program_of(module: GraphModule, captured: Captured) -> torch.export.Exported
 
 
 def _export(model: nn.Module, example: Example, spec: Any | None) -> torch.export.ExportedProgram:
+    if isinstance(spec, tuple) and (rest := _first_rest(model)) is not None:
+        spec = (*spec[:rest], tuple(spec[rest:]))  # those that *args takes are one argument to torch.export
     return torch.export.export(model, example.args, example.kwargs or None, dynamic_shapes=spec, strict=False)
 
 
@@ -235,6 +238,12 @@ def _batch_spec(example: Example, batch: Any) -> Any:
     # torch.export wants positional arguments by order and keyword arguments by name.
     args = pytree.tree_map(axes, example.args)
     return args if not example.kwargs else {**_by_name(args), **pytree.tree_map(axes, example.kwargs)}
+
+
+def _first_rest(model: nn.Module) -> int | None:
+    """The position of `*args` in forward's signature; None if there is none."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    return kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else None
 
 
 def _by_name(args: Sequence[Any]) -> dict[str, Any]:

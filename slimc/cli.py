@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="model.pt, .safetensors, .pt2, torchvision:NAME, timm:NAME, hf:PATH or package.module:factory")]  # fmt: skip  # noqa: E501
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="model.pt, .safetensors, .pt2, .onnx, torchvision:NAME, timm:NAME, hf:PATH or package.module:factory")]  # fmt: skip  # noqa: E501
 Arch = Annotated[str | None, typer.Option(help="architecture of a file that holds weights only: torchvision:resnet50")]
 Allow = Annotated[list[str] | None, typer.Option(metavar="PKG", help="package whose classes a .pt file may use")]
 UnsafePickle = Annotated[bool, typer.Option("--unsafe-pickle", help="unpickle MODEL without protection: the file can run any code")]  # fmt: skip  # noqa: E501
@@ -283,7 +283,7 @@ def _open(
         console.progress("note", "--unsafe-pickle: the file may run any code while it is read")
     loaded = load(model, arch=arch, allow=allow or (), unsafe_pickle=unsafe_pickle)
     console.progress("stage", "input")
-    return loaded, example_inputs(inputs or [], loaded.input_shape, seed)
+    return loaded, example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch)
 
 
 def _threads(threads: int | None) -> None:

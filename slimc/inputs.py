@@ -23,8 +23,10 @@ _BATCH = 2
 _MOST = 2**31
 
 
-def example_inputs(given: Sequence[str], known: tuple[int, ...] | None, seed: int) -> Example:
+def example_inputs(given: Sequence[str], known: tuple[int, ...] | None, seed: int, batch: int | None = None) -> Example:
     """Inputs from --input (shapes or a file), or of the shape that the model is known to take.
+
+    batch: the batch size that the model wants, where it wants one.
 
     Raises UsageError where neither says what the input is.
     """
@@ -33,13 +35,13 @@ def example_inputs(given: Sequence[str], known: tuple[int, ...] | None, seed: in
         if known is None:
             raise UsageError("this model's input is not known: give it with --input, for example --input 1x3x224x224")
         # Two samples, since torch.export takes a batch of one for a constant.
-        return Example((torch.randn(_BATCH, *known, generator=generator),), {})
+        return Example((torch.randn(batch or _BATCH, *known, generator=generator),), {})
     files = [text for text in given if Path(text).suffix in (".npz", ".npy")]
     if files and len(given) > 1:
         raise UsageError("--input: give one file with all inputs, or a shape for each input")
     if files:
         return _from_file(Path(files[0]))
-    return Example(tuple(_tensor(text, generator) for text in given), {})
+    return Example(tuple(_tensor(text, generator, batch or _BATCH) for text in given), {})
 
 
 def _from_file(path: Path) -> Example:
@@ -50,7 +52,7 @@ def _from_file(path: Path) -> Example:
     return Example((), dict(arrays))
 
 
-def _tensor(text: str, generator: torch.Generator) -> Tensor:
+def _tensor(text: str, generator: torch.Generator, batch: int) -> Tensor:
     match = _SHAPE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"--input {text}: wanted a shape with its batch (1x3x224x224, 1x128:int64) or an .npz file")
@@ -61,7 +63,7 @@ def _tensor(text: str, generator: torch.Generator) -> Tensor:
     if 0 in sizes:
         raise UsageError(f"--input {text}: every size must be at least 1")
     if len(sizes) > 1 and sizes[0] == 1:
-        sizes[0] = _BATCH
+        sizes[0] = batch
     if math.prod(sizes) > _MOST:
         raise UsageError(f"--input {text}: {math.prod(sizes):.3g} numbers are too large an example")
     if kind.is_floating_point:

@@ -174,3 +174,39 @@ def test_a_wrong_number_of_inputs_is_refused(tmp_path: Path) -> None:
     written = onnx_format.export(batch_program()[1], tmp_path / "m.onnx")
     with pytest.raises(UsageError, match=r"takes 1 inputs \(image\), not 2"):
         onnx_format.run(written.path, (torch.randn(1, 3, 8, 8),) * 2)
+
+
+class Clips(nn.Module):
+    """One value clipped to several limits that are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limits = nn.ParameterList(torch.tensor(float(limit)) for limit in (-1, 1, -0.5, 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high, lower, higher = self.limits
+        return torch.cat([torch.clamp(x, low, high), torch.clamp(x, lower, higher), torch.clamp(x, low, higher)], 1)
+
+
+class Windows(nn.Module):
+    """Attention within windows: one axis more than [batch, heads, length, size]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = x.chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(query, key, value, scale=0.7)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(Clips(), (2, 8)), (Windows(), (2, 3, 4, 5, 12)), (Windows(), (2, 5, 12))], ids=str
+)
+def test_what_torchs_exporter_gets_wrong_is_put_right(model: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    x = torch.randn(shape)
+    with torch.no_grad():
+        exported = program(model, x, dynamic=({0: Dim("batch")},))
+    onnx_format.export(exported, tmp_path / "m.onnx")
+    other = torch.randn(3, *shape[1:])
+    with torch.no_grad():
+        expected = model(other)
+    (got,) = onnx_format.run(tmp_path / "m.onnx", (other,))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert expected.std() > 0.1

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from slimc.errors import OutputError, UsageError
 from slimc.exporters.artifact import whole_file
+from slimc.exporters.formats.attention import with_four_axes
 from slimc.exporters.formats.batchnorm import fold
 
 # A protobuf ends at 2 GB. Below this the weights travel in the same file, as people expect of a .onnx.
@@ -115,12 +116,27 @@ def run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def _translate(program: ExportedProgram, path: Path) -> torch.onnx.ONNXProgram:
     try:
         with _silence():
-            translated = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
+            translated = torch.onnx.export(with_four_axes(program), dynamo=True, optimize=True, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         causes = [str(cause).strip().splitlines()[0] for cause in _causes(error) if str(cause).strip()]
         raise OutputError(f"{path}: torch cannot express the model in ONNX: {causes[-1]}") from error
     assert translated is not None
+    _register_loose(translated.model.graph)
     return translated
+
+
+def _register_loose(graph: ir.Graph) -> None:
+    """Make initializers of constants that onnxscript's optimizer has left outside of the graph.
+
+    It gives the limits of a clip their input's name, and forgets those whose name was taken: clips of one value.
+    """
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None or value.is_initializer():
+                continue
+            while value.name in graph.initializers:
+                value.name = f"{value.name}_"
+            graph.register_initializer(value)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

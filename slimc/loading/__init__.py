@@ -32,7 +32,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with where it came from; ``input_shape`` is that of one sample, without the batch."""
+    """A model with where it came from.
+
+    input_shape: of one sample, without the batch; None where it is not known.
+    batch: the batch size that the file fixes; None where any may be tried.
+    """
 
     model: nn.Module
     name: str
@@ -40,6 +44,7 @@ class Loaded:
     input_shape: tuple[int, ...] | None
     weights: str
     notes: tuple[str, ...]
+    batch: int | None = None
 
 
 def load(source: str, *, arch: str | None = None, allow: Sequence[str] = (), unsafe_pickle: bool = False) -> Loaded:
@@ -94,10 +99,7 @@ def _from_name(source: str, arch: str | None) -> Loaded:
 def _from_file(path: Path, arch: str | None, allow: tuple[str, ...], unsafe_pickle: bool) -> Loaded:
     kind = kind_of(path)
     if kind is Kind.ONNX:
-        raise LoadError(
-            f"{path}: ONNX files cannot be read yet. Give the PyTorch model it was exported from "
-            "(.pt, .pt2, or weights with --arch)."
-        )
+        return _from_onnx(path, arch)
     if kind is Kind.SAFETENSORS:
         return _with_architecture(read_safetensors(path), arch, path, ())
     loaded, notes = _pickled_part(path, allow, unsafe_pickle)
@@ -106,6 +108,14 @@ def _from_file(path: Path, arch: str | None, allow: tuple[str, ...], unsafe_pick
     if arch is not None:
         notes = (*notes, f"--arch {arch} was not needed: the file holds the whole model")
     return dataclasses.replace(loaded, notes=(*loaded.notes, *notes))
+
+
+def _from_onnx(path: Path, arch: str | None) -> Loaded:
+    from slimc.loading.onnx_file import load_onnx  # the package onnx takes a while to import
+
+    file = load_onnx(path)
+    notes = file.notes if arch is None else (*file.notes, f"--arch {arch} was not needed: the file holds the graph")
+    return Loaded(file.module, path.stem, f"{path}, an ONNX graph", file.input_shape, "file", notes, file.batch)
 
 
 def _pickled_part(
