@@ -53,9 +53,12 @@ def compress(
     memory: Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")] = None,
     scorer: Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")] = "magnitude",
     norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude")] = "l2",
+    normalise: Annotated[
+        str, typer.Option(help="how groups are made comparable: mean, max, l2, none; auto: what suits the scorer")
+    ] = "auto",
     recover: Annotated[str, typer.Option(help="auto (what the data allows), none (the plain cut), or bn")] = "auto",
     data: Annotated[
-        str | None, typer.Option(help="npz:FILE or package.module:function, to re-estimate statistics")
+        str | None, typer.Option(help="npz:FILE or package.module:function, to score on and re-estimate statistics")
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="modules or parameters to leave whole")
@@ -80,13 +83,13 @@ def compress(
         from . import budget, compiler, scores
         from .data import open_data
 
-        targets = {"flops": flops, "params": params, "size": size, "memory": memory}
+        targets: dict[str, Any] = {"flops": flops, "params": params, "size": size, "memory": memory}
         for metric, text in targets.items():
             if text is not None:
                 budget.parse(metric, text)  # before anything slow
         if not any(targets.values()):
             raise UsageError("no target: give at least one of --flops, --params, --size, --memory, such as --flops 0.4")
-        scores.find(scorer)
+        scores.check(scores.find(scorer), normalise, data is not None)
         compiler.alignment_of(round_to)
         compiler.recover_steps(recover, data is not None)
         folder = _folder(out, model, overwrite)
@@ -97,6 +100,7 @@ def compress(
             **targets,
             scorer=scorer,
             norm=norm,
+            normalise=normalise,
             recover=recover,
             data=open_data(data) if data else None,
             ignore=ignore or (),

@@ -32,6 +32,7 @@ from .report import (
 )
 from .result import Compressed, evaluating
 from .rewrite import rewrite, shapes_agree
+from .samples import affordable, collect
 from .trainable import trainable
 from .verify import Proof, random_inputs, verify
 
@@ -53,6 +54,8 @@ def compress(
     memory: str | float | None = None,
     scorer: str = "magnitude",
     norm: str = "l2",
+    normalise: str = "auto",
+    loss: scores.Loss | None = None,
     recover: str | Sequence[str] = "auto",
     data: Iterable[Any] | None = None,
     ignore: Sequence[str] = (),
@@ -67,7 +70,10 @@ def compress(
     model: any nn.Module; it is left as it is. example_inputs: a tensor, a tuple of arguments or a dictionary.
     flops, params, size, memory: what may stay, as a share (0.4, "40%"), an amount ("1.6G", "20MB") or the cut
     ("-60%"). round_to: widths become multiples of this; "auto" takes what this machine's runtime likes and gives
-    way where the budget needs it. data: batches to re-estimate statistics on; recover: "auto", "none" or a list.
+    way where the budget needs it. data: batches for scorers that look at some, and to re-estimate statistics on.
+    normalise: how groups are made comparable ("mean", "max", "l2", "none"; "auto" is what suits the scorer).
+    loss: takes outputs and targets, gives a mean over samples; cross entropy if not given. recover: "auto", "none" or
+    a list.
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     given = {"flops": flops, "params": params, "size": size, "memory": memory}
@@ -75,6 +81,7 @@ def compress(
     if not targets:
         raise UsageError("no target: give at least one of flops, params, size, memory")
     method, alignment = scores.find(scorer), alignment_of(round_to)
+    scores.check(method, normalise, data is not None)
     steps = recover_steps(recover, data is not None)
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
@@ -86,13 +93,18 @@ def compress(
             raise UsageError(f"--{target.metric} {target.text}: the model has no {budget.METRICS[target.metric]}")
         limits[target.metric] = target.limit(whole)
         stages.target(budget.describe(target, whole))
+    fixed = analysis.captured.batch if analysis.captured.dynamic_shapes is None else None
     with stages.stage("score"):
-        subject = scores.Subject(analysis.types, analysis.grouping, norm, seed)
-        ranked = scores.normalise(method.score(subject))
+        samples = None
+        if data is not None and method.needs != "weights":
+            samples = collect(data, analysis.captured.example, affordable(before.macs), fixed)
+        found = method.score(scores.Subject(analysis.types, analysis.grouping, norm, seed, samples, loss))
+        ranked = scores.normalise(found, method.normalisation if normalise == "auto" else normalise)
+        whole_groups = scores.unscored(found)
     with stages.stage("plan"):
         choice = planner.plan(
             analysis.grouping, analysis.cost, ranked, limits,
-            round_to=alignment, may_relax=round_to == "auto", ignored=analysis.matching(ignore),
+            round_to=alignment, may_relax=round_to == "auto", ignored=[*analysis.matching(ignore), *whole_groups],
         )  # fmt: skip
         cut = _cut(analysis, choice)
     facts = {
@@ -108,7 +120,11 @@ def compress(
     }
     chosen = Method(scorer, "one-shot", choice.round_to, seed)
     warnings = [f"widths are multiples of {choice.round_to} only: the budget leaves no room for {alignment}"]
-    slim = _build(analysis, cut, facts, results, chosen, stages, warnings if choice.round_to < alignment else [], name)
+    warnings = warnings if choice.round_to < alignment else []
+    if whole_groups:
+        names = ", ".join(analysis.groups[number].name for number in whole_groups)
+        warnings.append(f"--scorer {scorer} says nothing of these groups, which stay whole: {names}")
+    slim = _build(analysis, cut, facts, results, chosen, stages, warnings, name)
     for step in steps:
         assert data is not None
         slim.recover(step, data)

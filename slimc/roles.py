@@ -62,19 +62,19 @@ class Site:
         return self.node if self.is_stretched else self.value
 
 
-def writers(types: Types) -> tuple[Site, ...]:
+def writers(types: Types, *, after_norms: bool = True) -> tuple[Site, ...]:
     """Where channels come into being.
 
     These are convolutions (depthwise ones too) and linear layers, whatever else gives channels that no operand has
     (embeddings, products with a parameter, recurrences), and parameters that are added or concatenated to a stream.
     Where batch norms are the only ones to see a writer's result, the gate sits after them instead, since that is what
-    a removed channel amounts to: no constant of the norm survives it.
+    a removed channel amounts to: no constant of the norm survives it. Without `after_norms` it stays at the writer.
     """
     found: Places = {}
     held = _Held(types)
     for node, computed, fixed in _computing(types):
         for axis, factors in _written(types, held, node, computed):
-            for place, position in _norms(types, node) or [(node, axis)]:
+            for place, position in (_norms(types, node) if after_norms else []) or [(node, axis)]:
                 own = types.solution.factors(_axes(types, place)[position])
                 _put(found, (place, None, position), own, np.unique(factors[factors >= 0]))
         if operator_name(node) in _SUMS:

@@ -131,6 +131,15 @@ def find(name: str) -> Method:
     return known[name]
 
 
+def check(method: Method, how: str, has_data: bool) -> None:
+    """Refuse a scorer without the data that it needs, or an unknown normalisation, before anything slow."""
+    if how != "auto":
+        normalise([], how)
+    if method.needs != "weights" and not has_data:
+        wanted = "batches of inputs" if method.needs == "inputs" else "batches of (inputs, targets)"
+        raise UsageError(f"--scorer {method.name} needs data: give --data, or data= in Python, with {wanted}")
+
+
 def unscored(scores: Sequence[Scores]) -> list[int]:
     """Numbers of the groups that a method says nothing of; they stay whole."""
     return [number for number, own in enumerate(scores) if own.size and np.isnan(own).any()]
@@ -144,7 +153,7 @@ def normalise(scores: Sequence[Scores], how: str = "mean") -> list[Scores]:
     Raises UsageError for another name.
     """
     if how not in NORMALISATIONS:
-        raise UsageError(f"--normalise {how}: known are {', '.join(NORMALISATIONS)}")
+        raise UsageError(f"--normalise {how}: known are auto, {', '.join(NORMALISATIONS)}")
     result = []
     for own in scores:
         scale = NORMALISATIONS[how](own) if own.size else 0.0

@@ -32,7 +32,13 @@ def fisher(subject: Subject) -> list[Scores]:
     return subject.by_group((total / samples).numpy(), gated(subject.types, sites))
 
 
-@scorer("fisher-memory", "fisher over the activations that a channel's writers make", _SOURCE, "labels", "none")
+@scorer(
+    "fisher-memory",
+    "fisher over the activations that a channel's writers make",
+    _SOURCE,
+    "labels",
+    normalisation="none",
+)
 def fisher_memory(subject: Subject) -> list[Scores]:
     """fisher divided by how many numbers the convolutions and linear layers of a group make per channel and sample.
 
@@ -50,7 +56,13 @@ def fisher_memory(subject: Subject) -> list[Scores]:
     return [own / max(1.0, each.max()) for own, each in zip(scores, subject.by_group(made), strict=True)]
 
 
-@scorer("fisher-flops", "fisher over the multiply-accumulates that go with a channel", _SOURCE, "labels", "none")
+@scorer(
+    "fisher-flops",
+    "fisher over the multiply-accumulates that go with a channel",
+    _SOURCE,
+    "labels",
+    normalisation="none",
+)
 def fisher_flops(subject: Subject) -> list[Scores]:
     """fisher divided by the MACs that removing one channel of the group saves, at full widths."""
     cost = Model(subject.types, subject.grouping)
