@@ -24,6 +24,7 @@ from slimc.scores import Scores, Subject, scorer
 _STEP = 0.8
 _NODES = torch.arange(-52.0, 52.0, _STEP, dtype=torch.float64)
 _SMALL = 1e-4
+_BLOCK = 2**21
 _ROUNDING, _TINY = 1e-15, 1e-300
 
 
@@ -105,19 +106,26 @@ def independence(maps: Tensor, each: int = 1) -> tuple[Tensor, Tensor]:
         rest = 1.0 - part if left is None else (left[:, 0].square() @ inverse) * shift
         drop = torch.where(part < 0.5, torch.log1p(-part.clamp_max(0.5)), rest.clamp_min(floor).log())
     else:
-        drop = torch.stack([_log_det(gone, left, own, float(s)) for own, s in zip(inverse.T, shift, strict=True)], 1)
+        step = max(1, _BLOCK // gone.numel())
+        pieces = zip(inverse.T.split(step), shift.split(step), strict=True)
+        drop = torch.cat([_log_det(gone, left, own, s) for own, s in pieces], 1)
     return -(drop @ shift.sqrt()) * (_STEP / (2 * torch.pi)), norm
 
 
-def _log_det(gone: Tensor, left: Tensor | None, weights: Tensor, shift: float) -> Tensor:
-    """log det(I - a diag(w) a') for each block a [each, eigenvalues]; a series where what is taken off is small."""
-    part = (gone * weights) @ gone.mT
-    trace = part.diagonal(dim1=1, dim2=2).sum(1)
-    series = -trace - part.square().sum((1, 2)) / 2
-    unit = torch.eye(part.shape[1], dtype=part.dtype, device=part.device)
-    rest = unit - part if left is None else shift * ((left * weights) @ left.mT)
-    exact = torch.linalg.slogdet(rest)[1].clamp_min(part.shape[1] * math.log(_ROUNDING if left is None else _TINY))
-    return torch.where(trace < _SMALL, series, exact)
+def _log_det(gone: Tensor, left: Tensor | None, weights: Tensor, shift: Tensor) -> Tensor:
+    """log det(I - a diag(w) a'), [blocks, nodes], for blocks a [blocks, each, eigenvalues] and w [nodes, eigenvalues].
+
+    A series where what is taken off is small.
+    """
+    part = (gone[:, None] * weights[:, None]) @ gone[:, None].mT
+    trace = part.diagonal(dim1=2, dim2=3).sum(2)
+    series = -trace - part.square().sum((2, 3)) / 2
+    if left is None:
+        rest = torch.eye(part.shape[2], dtype=part.dtype, device=part.device) - part
+    else:
+        rest = (left[:, None] * weights[:, None]) @ left[:, None].mT * shift[:, None, None]
+    floor = part.shape[2] * math.log(_ROUNDING if left is None else _TINY)
+    return torch.where(trace < _SMALL, series, torch.linalg.slogdet(rest)[1].clamp_min(floor))
 
 
 def _map(subject: Subject, site: Site) -> Site | None:
