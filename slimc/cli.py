@@ -56,6 +56,9 @@ def compress(
     memory: Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")] = None,
     scorer: Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")] = "auto",
     norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude")] = "l2",
+    normalise: Annotated[
+        str, typer.Option(help="how groups are made comparable: mean, max, l2, cost, none; auto: what suits the scorer")
+    ] = "auto",
     recover: Recover = "auto",
     data: Data = None,
     samples: SamplesOption = None,
@@ -89,7 +92,7 @@ def compress(
         if not any(targets.values()):
             raise UsageError("no target: give at least one of --flops, --params, --size, --memory, such as --flops 0.4")
         if scorer != "auto":
-            scores.find(scorer)
+            scores.check(scores.find(scorer), normalise, data is not None)
         compiler.alignment_of(round_to)
         compiler.recover_steps(recover)
         folder = _folder(out, model, overwrite)
@@ -101,6 +104,7 @@ def compress(
             **targets,
             scorer=scorer,
             norm=norm,
+            normalise=normalise,
             recover=recover,
             data=batches,
             samples=samples,

@@ -55,6 +55,7 @@ def compress(
     memory: str | float | None = None,
     scorer: str = "auto",
     norm: str = "l2",
+    normalise: str = "auto",
     recover: str | Sequence[str] = "auto",
     data: Iterable[Any] | None = None,
     samples: int | None = None,
@@ -73,7 +74,9 @@ def compress(
     ("-60%"). round_to: widths become multiples of this; "auto" takes what this machine's runtime likes and gives
     way where the budget needs it. data: batches to score and recover on, labels only where the scorer needs them, up
     to `samples` of them; without it pictures or tokens are made up. scorer: "auto" is `obs` where there are samples,
-    else `magnitude`. recover: "auto" (all that the samples allow), "none" or a list. loss: takes outputs and targets.
+    else `magnitude`. recover: "auto" (all that the samples allow), "none" or a list. loss: takes outputs
+    and targets, gives a mean over samples; cross entropy if not given. normalise: how groups are made comparable
+    ("mean", "max", "l2", "cost", "none"; "auto" is what suits the scorer).
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     given = {"flops": flops, "params": params, "size": size, "memory": memory}
@@ -82,7 +85,7 @@ def compress(
         raise UsageError("no target: give at least one of flops, params, size, memory")
     alignment, wanted = alignment_of(round_to), recover_steps(recover)
     if scorer != "auto":
-        _check_data(scores.find(scorer), data)
+        scores.check(scores.find(scorer), normalise, data is not None)
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
     before = analysis.full
@@ -103,11 +106,15 @@ def compress(
     with stages.stage("score"):
         subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
         found = method.score(subject)
-        ranked = planner.per_cost(found, analysis, limits) if method.absolute else scores.normalise(found)
+        how = method.normalisation if normalise == "auto" else normalise
+        ranked = scores.normalise(found, how)
+        if how == "cost":
+            ranked = planner.per_cost(ranked, analysis, limits)
+        whole_groups = scores.unscored(found)
     with stages.stage("plan"):
         choice = planner.plan(
             analysis.grouping, analysis.cost, ranked, limits,
-            round_to=alignment, may_relax=round_to == "auto", ignored=analysis.matching(ignore),
+            round_to=alignment, may_relax=round_to == "auto", ignored=[*analysis.matching(ignore), *whole_groups],
         )  # fmt: skip
         cut = _cut(analysis, choice)
     facts = {
@@ -129,7 +136,11 @@ def compress(
     }
     chosen = Method(method.name, "one-shot", choice.round_to, seed)
     warnings = [f"widths are multiples of {choice.round_to} only: the budget leaves no room for {alignment}"]
-    slim = _build(analysis, cut, facts, results, chosen, stages, warnings if choice.round_to < alignment else [], name)
+    warnings = warnings if choice.round_to < alignment else []
+    if whole_groups:
+        names = ", ".join(analysis.groups[number].name for number in whole_groups)
+        warnings.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
+    slim = _build(analysis, cut, facts, results, chosen, stages, warnings, name)
     if steps and fit and judged:
         slim.fit(steps, fit, judged)
     return slim
@@ -273,11 +284,6 @@ def _possible(wanted: Sequence[str], samples: Samples | None) -> tuple[str, ...]
     if wanted and samples is None:
         raise UsageError(f"--recover {','.join(wanted)} needs --data to fit on: these inputs cannot be made up")
     return tuple(wanted)
-
-
-def _check_data(method: scores.Method, data: Iterable[Any] | None) -> None:
-    if method.needs == "labels" and data is None:
-        raise UsageError(f"--scorer {method.name} needs --data with labels")
 
 
 def gather(

@@ -218,9 +218,9 @@ class Console:
 
     def methods(self, known: list[dict[str, str]]) -> None:
         """The list of methods."""
-        table = _table("kind", "name", "what it does", "source")
+        table = _table("kind", "name", "what it does", "needs", "source")
         for row in known:
-            table.add_row(row["kind"], row["name"], row["summary"], row["source"])
+            table.add_row(row["kind"], row["name"], row["summary"], row["needs"], row["source"])
         self._out.print(table)
 
 

@@ -60,16 +60,28 @@ def prunable_params(analysis: Analysis) -> int:
 
 
 def methods() -> list[dict[str, str]]:
-    """Scorers and recovery steps with one line and the source of each."""
+    """Scorers and recovery steps with one line, the source and the needs of each: weights, inputs or labels."""
     found = [
-        {"kind": "scorer", "name": method.name, "summary": method.summary, "source": method.source}
+        {
+            "kind": "scorer",
+            "name": method.name,
+            "summary": method.summary,
+            "source": method.source,
+            "needs": method.needs,
+        }
         for method in scores.methods().values()
     ]
     found.append(
-        {"kind": "schedule", "name": "one-shot", "summary": "score once, cut once", "source": "Li et al., ICLR 2017"}
+        {
+            "kind": "schedule",
+            "name": "one-shot",
+            "summary": "score once, cut once",
+            "source": "Li et al., ICLR 2017",
+            "needs": "weights",
+        }
     )
     found.extend(
-        {"kind": "recovery", "name": step.name, "summary": step.summary, "source": step.source}
+        {"kind": "recovery", "name": step.name, "summary": step.summary, "source": step.source, "needs": "inputs"}
         for step in recover.steps().values()
     )
     return found

@@ -29,7 +29,7 @@ Loss = Callable[[Any, Any], Tensor]
 """Takes the model's outputs and the targets of a batch, gives a scalar."""
 
 Scores = npt.NDArray[np.float64]
-"""[width] one number per channel of a group."""
+"""[width] one number per channel of a group; all NaN where the method says nothing of a group."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,14 @@ class Subject:
         for axis, own in sums.values():
             for column in self.types.solution.factors(axis).T:
                 np.add.at(total, column, own)  # -1, no variable, is the last entry
-        return [total[group.variables] for group in self.grouping.groups]
+        return self.by_group(total)
+
+    def by_group(self, total: Scores, known: npt.NDArray[np.bool_] | None = None) -> list[Scores]:
+        """Scores of all variables, [variables or more], by group; NaN for groups with a channel that is not `known`."""
+        return [
+            total[group.variables] if known is None or known[group.variables].all() else np.full(group.width, np.nan)
+            for group in self.grouping.groups
+        ]
 
 
 Scorer = Callable[[Subject], list[Scores]]
@@ -84,7 +91,7 @@ Scorer = Callable[[Subject], list[Scores]]
 class Method:
     """A scorer with its name, one line about it, and its source.
 
-    absolute: its numbers are in one unit for all groups, so that they are ranked as they are.
+    normalisation: how its scores are made comparable between groups unless the user says otherwise.
     """
 
     name: str
@@ -92,21 +99,21 @@ class Method:
     source: str
     score: Scorer
     needs: Need
-    absolute: bool = False
+    normalisation: str
 
 
 _METHODS: dict[str, Method] = {}
 
 
 def scorer(
-    name: str, summary: str, source: str, needs: Need = "weights", absolute: bool = False
+    name: str, summary: str, source: str, needs: Need = "weights", normalisation: str = "mean"
 ) -> Callable[[Scorer], Scorer]:
     """Register a scorer under the name that users type."""
 
     def register(function: Scorer) -> Scorer:
         if name in _METHODS:
             raise InternalError(f"two scorers are called {name!r}")
-        _METHODS[name] = Method(name, summary, source, function, needs, absolute)
+        _METHODS[name] = Method(name, summary, source, function, needs, normalisation)
         return function
 
     return register
@@ -128,10 +135,42 @@ def find(name: str) -> Method:
     return known[name]
 
 
-def normalise(scores: Sequence[Scores]) -> list[Scores]:
-    """Divide each group's scores by their mean, so that groups of different size and scale can be ranked together."""
+def check(method: Method, how: str, has_data: bool) -> None:
+    """Refuse a scorer without the data that it needs, or an unknown normalisation, before anything slow."""
+    if how != "auto":
+        normalise([], how)
+    if method.needs == "labels" and not has_data:
+        raise UsageError(
+            f"--scorer {method.name} needs data: give --data, or data= in Python, with batches of (inputs, targets)"
+        )
+
+
+def unscored(scores: Sequence[Scores]) -> list[int]:
+    """Numbers of the groups that a method says nothing of; they stay whole."""
+    return [number for number, own in enumerate(scores) if own.size and np.isnan(own).any()]
+
+
+def normalise(scores: Sequence[Scores], how: str = "mean") -> list[Scores]:
+    """Make groups of different size and scale comparable for one ranking.
+
+    how: "mean", "max", "l2" divide each group's scores by their mean, largest value, or root of the sum of squares;
+    "none" leaves them as they are, and so does "cost", after which each score is divided by what a channel of the group
+    frees (`planner.per_cost`). A group without a score, or with zeros only, gets ones.
+    Raises UsageError for another name.
+    """
+    if how not in NORMALISATIONS:
+        raise UsageError(f"--normalise {how}: known are auto, {', '.join(NORMALISATIONS)}")
     result = []
     for own in scores:
-        mean = own.mean() if own.size else 0.0
-        result.append(own / mean if mean > 0 else np.ones_like(own))
+        scale = NORMALISATIONS[how](own) if own.size else 0.0
+        result.append(own / scale if scale > 0 else np.ones_like(own))  # a comparison with NaN is false
     return result
+
+
+NORMALISATIONS: dict[str, Callable[[Scores], float]] = {
+    "mean": lambda own: float(own.mean()),
+    "max": lambda own: float(own.max()),
+    "l2": lambda own: float(np.linalg.norm(own)),
+    "none": lambda own: 1.0 - float(np.isnan(own).any()),
+    "cost": lambda own: 1.0 - float(np.isnan(own).any()),
+}

@@ -53,7 +53,7 @@ _PROBED = 64
     "squared error of the outputs left after the other channels make up for the removed one",
     "Hassibi and Stork, NIPS 1992; Kurtic et al., ZipLM, NeurIPS 2023",
     needs="inputs",
-    absolute=True,
+    normalisation="cost",
 )
 def obs(subject: Subject) -> list[Scores]:
     """One number per channel, larger for what cannot be made up for; needs unlabelled samples.

@@ -1,0 +1,48 @@
+"""Activations: values of the graph, streamed over batches without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from .gradients import batches_of, run_graph
+from .samples import Batch
+from .scores import Subject
+
+Place = tuple[Node, Node]
+"""An operand as a node sees it, before the node runs: (node, operand)."""
+See = Callable[[Tensor, Batch], None]
+
+
+def watch(subject: Subject, places: Mapping[Place, See]) -> None:
+    """Run every batch through the original graph and show each watched operand as it goes by.
+
+    A tensor may be overwritten later, so who wants to keep it copies it. Raises UsageError where there is no data.
+    """
+    samples = batches_of(subject)
+    run = _Watching(subject.types.captured.module, places)
+    with torch.no_grad():
+        for number, batch in enumerate(samples.batches, 1):
+            run.batch = batch
+            run_graph(run, run.module, batch)
+            subject.tick(number, len(samples.batches))
+
+
+class _Watching(Interpreter):
+    def __init__(self, module: GraphModule, places: Mapping[Place, See]) -> None:
+        super().__init__(module)
+        self.batch: Batch | None = None
+        self._watched: dict[Node, list[tuple[Node, See]]] = {}
+        for (node, operand), see in places.items():
+            self._watched.setdefault(node, []).append((operand, see))
+
+    def run_node(self, n: Node) -> Any:
+        """Show what the node is about to read."""
+        assert self.batch is not None
+        for operand, see in self._watched.get(n, ()):
+            see(self.env[operand], self.batch)
+        return super().run_node(n)

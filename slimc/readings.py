@@ -1,0 +1,220 @@
+"""Readings: sampled inputs of the layers that read a group, to see what each channel contributes to their outputs.
+
+A convolution or linear layer gives y - b = the sum over its input channels of W_c patch_c. Layers are taken at a few
+output positions of each sample, drawn from the sample's own content, so that a sample gives the same rows wherever and
+however often it stands in the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional
+
+from .activations import Place, See, watch
+from .errors import UsageError
+from .gradients import batches_of
+from .graph.groups import Group
+from .graph.infer import attribute
+from .graph.rule import arguments, operator_name
+from .graph.terms import Terms
+from .samples import Batch
+from .scores import Subject
+
+POSITIONS = 10
+_ROWS = 4096
+"""Rows of a layer that are kept; with very many samples fewer positions are drawn of each."""
+_BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one layer, or one group of a grouped convolution, reads.
+
+    rows: [samples x positions, channels, kernel positions], inputs at sampled output positions.
+    weight: [outputs, channels, kernel positions].
+    factors: [channels, k] the variables behind each input channel; -1 for none.
+    parameter: the weight's name, empty if it is computed from others; outputs: which rows of it these are.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    factors: Terms
+    parameter: str
+    outputs: slice
+
+    def members(self, group: Group) -> Terms:
+        """[channels] the place in the group of each input channel, -1 for others."""
+        place = {variable: position for position, variable in enumerate(group.variables.tolist())}
+        return np.array([max(place.get(v, -1) for v in own) for own in self.factors.tolist()], np.int64)
+
+    def gram(self, group: Group) -> Tensor | None:
+        """Inner products of what the group's channels contribute to the outputs, [width, width]; None if they do not.
+
+        Summed over rows and outputs, in float64.
+        """
+        members = self.members(group)
+        chosen = np.flatnonzero(members >= 0)
+        if not chosen.size:
+            return None
+        rows, weight = self.rows[:, chosen], self.weight[:, chosen]
+        flat_rows, flat_weight = rows.flatten(1), weight.flatten(1)
+        channels, kernel = rows.shape[1:]
+        place = torch.from_numpy(members[chosen]).to(rows.device)
+        total = torch.zeros(group.width, group.width, dtype=torch.float64, device=rows.device)
+        step = max(1, _BLOCK // max(1, channels * kernel * kernel))
+        for start in range(0, channels, step):
+            block = slice(start, start + step)
+            inputs = rows[:, block].flatten(1).T @ flat_rows
+            each = (inputs * (weight[:, block].flatten(1).T @ flat_weight)).double()
+            each = each.reshape(-1, kernel, channels, kernel).sum((1, 3))
+            narrow = each.new_zeros(len(each), group.width).index_add_(1, place, each)
+            total.index_add_(0, place[block], narrow)
+        return total
+
+
+def readings(subject: Subject, method: str) -> list[Reading]:
+    """Run the data once and sample what every convolution and linear layer reads.
+
+    Depthwise convolutions read nothing in this sense: each of their channels goes with its input. Raises UsageError
+    where there is no data, or no layer that can be sampled.
+    """
+    sampled: dict[Node, list[Tensor]] = {}
+    layers = [node for node in subject.types.captured.module.graph.nodes if _is_layer(subject, node)]
+    if not layers:
+        raise UsageError(f"--scorer {method} needs convolutions or linear layers that read channels; there are none")
+    samples = batches_of(subject)
+    each = max(1, min(POSITIONS, _ROWS // samples.count))
+    seeds: dict[int, list[int]] = {}
+
+    def sampling(node: Node, number: int) -> See:
+        def see(value: Tensor, batch: Batch) -> None:
+            known = seeds.setdefault(id(batch), _seeds(batch, subject.seed))
+            sampled.setdefault(node, []).append(_sample(node, value, [(seed, number) for seed in known], each))
+
+        return see
+
+    places: dict[Place, See] = {(node, node.args[0]): sampling(node, i) for i, node in enumerate(layers)}
+    watch(subject, places)
+    return [reading for node in layers for reading in _split(subject, node, torch.cat(sampled[node]))]
+
+
+def _is_layer(subject: Subject, node: Node) -> bool:
+    """A linear layer or a convolution, not transposed and not depthwise, that reads channels."""
+    name = operator_name(node) if node.op == "call_function" else ""
+    if name not in ("linear", "conv1d", "conv2d", "conv3d"):
+        return False
+    call = arguments(node)
+    axes = subject.types.values[call["input"]]
+    weight = subject.types.values[call["weight"]]
+    if len(weight) < 2 or (name != "linear" and len(axes) != len(weight)):
+        return False
+    axis = axes[-1] if name == "linear" else axes[1]
+    is_depthwise = name != "linear" and int(call["groups"]) > 1 and len(weight[1]) == 1
+    return not is_depthwise and bool((subject.types.solution.factors(axis) >= 0).any())
+
+
+def _seeds(batch: Batch, seed: int) -> list[int]:
+    """One number per sample, from the bits of its inputs."""
+    tensors = [t for t in batch.example.tensors() if t.dim() and len(t) == batch.count]
+    seeds = []
+    for sample in range(batch.count):
+        bits = seed
+        for tensor in tensors:
+            bits = zlib.crc32(tensor[sample].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, bits)
+        seeds.append(bits)
+    return seeds
+
+
+def _sample(node: Node, value: Tensor, seeds: Sequence[tuple[int, int]], each: int) -> Tensor:
+    """[samples x positions, channels, kernel positions]."""
+    if operator_name(node) == "linear":
+        # Where samples are not the first axis, rows are still spread over all of them.
+        value = value.reshape(len(seeds), -1, value.shape[-1])
+        chosen = _draw(seeds, value.shape[1], each, value.device)
+        return value.gather(1, chosen[:, :, None].expand(-1, -1, value.shape[2])).reshape(-1, value.shape[2], 1)
+    call = arguments(node)
+    kernel = call["weight"].meta["val"].shape[2:]
+    rank = len(kernel)
+    stride, dilation = (_spread(call[name], rank) for name in ("stride", "dilation"))
+    reach = [d * (int(k) - 1) for d, k in zip(dilation, kernel, strict=True)]
+    padding = _padding(call["padding"], reach)
+    flat = [side for pair in reversed(padding) for side in pair]
+    padded = functional.pad(value, flat)
+    sizes = [(padded.shape[2 + i] - reach[i] - 1) // stride[i] + 1 for i in range(rank)]
+    chosen = _draw(seeds, int(np.prod(sizes)), each, value.device)
+    where = np.unravel_index(chosen.cpu().numpy().reshape(-1), sizes)
+    index: list[Any] = [
+        torch.arange(len(seeds)).repeat_interleave(chosen.shape[1]).reshape(-1, *[1] * rank),
+        slice(None),
+    ]
+    for i, start in enumerate(where):
+        steps = torch.from_numpy(start * stride[i])[:, None] + torch.arange(int(kernel[i])) * dilation[i]
+        index.append(steps.reshape(len(steps), *[-1 if j == i else 1 for j in range(rank)]))
+    patches = padded[tuple(index)]  # [rows, *kernel, channels], as indexing with a slice between has it
+    return patches.movedim(-1, 1).flatten(2)
+
+
+def _draw(seeds: Sequence[tuple[int, int]], positions: int, each: int, device: torch.device) -> Tensor:
+    """[samples, positions to take]; all where there are no more than `each`."""
+    if positions <= each:
+        return torch.arange(positions, device=device).expand(len(seeds), -1)
+    drawn = [np.random.default_rng(seed).choice(positions, each, replace=False) for seed in seeds]
+    return torch.from_numpy(np.stack(drawn)).to(device)
+
+
+def _spread(value: Any, rank: int) -> list[int]:
+    given = [int(number) for number in (value if isinstance(value, (list, tuple)) else [value])]
+    return given * rank if len(given) == 1 else given
+
+
+def _padding(value: Any, reach: Sequence[int]) -> list[tuple[int, int]]:
+    if value == "same":
+        return [(r // 2, r - r // 2) for r in reach]
+    if value == "valid":
+        return [(0, 0) for _ in reach]
+    return [(side, side) for side in _spread(value, len(reach))]
+
+
+def _split(subject: Subject, node: Node, rows: Tensor) -> Iterator[Reading]:
+    """One reading for each group of a convolution."""
+    call = arguments(node)
+    module = subject.types.captured.module
+    source = call["weight"]
+    weight = _value(module, source).flatten(2) if source.meta["val"].dim() > 2 else _value(module, source)[:, :, None]
+    axes = subject.types.values[node.args[0]]  # type: ignore[index]
+    groups = 1 if operator_name(node) == "linear" else int(call["groups"])
+    factors = subject.types.solution.factors(axes[-1] if operator_name(node) == "linear" else axes[1])
+    first = {alias: name for name, aliases in subject.types.aliases.items() for alias in aliases}
+    name = first.get(str(source.target), str(source.target)) if source.op == "get_attr" else ""
+    inputs, outputs = len(factors) // groups, len(weight) // groups
+    for number in range(groups):
+        read, made = (slice(number * size, (number + 1) * size) for size in (inputs, outputs))
+        yield Reading(rows[:, read], weight[made], factors[read], name, made)
+
+
+def _value(module: torch.nn.Module, node: Node) -> Tensor:
+    """The value of a node that depends on parameters only."""
+    if node.op == "get_attr":
+        value: Tensor = attribute(module, str(node.target)).detach()
+        return value
+    sources = {source: _value(module, source) for source in node.all_input_nodes}
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: sources[source])
+    with torch.no_grad():
+        found: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return found
+
+
+def running_worst(errors: Sequence[float]) -> list[float]:
+    """The largest so far, each a little above the one before, so that the order survives ties."""
+    worst = list(itertools.accumulate(errors, max))
+    step = 1e-9 * max([*worst, 1e-12]) / max(1, len(worst))
+    return [value + step * (place + 1) for place, value in enumerate(worst)]

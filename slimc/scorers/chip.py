@@ -1,0 +1,163 @@
+"""CHIP: a channel whose feature map the other maps can stand in for matters little.
+
+Source: Sui et al., "CHIP: CHannel Independence-based Pruning" (NeurIPS 2021): for each image, the nuclear norm of the
+matrix of flattened maps less that of the matrix with the channel's rows set to zero, averaged over images.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from slimc.activations import Place, See, watch
+from slimc.errors import UsageError
+from slimc.graph.groups import Group
+from slimc.graph.terms import Terms
+from slimc.roles import Site, readers
+from slimc.samples import Batch
+from slimc.scores import Scores, Subject, scorer
+
+_STEP = 0.8
+_NODES = torch.arange(-52.0, 52.0, _STEP, dtype=torch.float64)
+_SMALL = 1e-4
+_BLOCK = 2**21
+_ROUNDING, _TINY = 1e-15, 1e-300
+
+
+@scorer(
+    "chip", "fall of the feature maps' nuclear norm without the channel's map", "Sui et al., NeurIPS 2021", "inputs"
+)
+def chip(subject: Subject) -> list[Scores]:
+    """The mean over samples of ||A||_* - ||A without channel i||_*, A [channels, positions] as a reader sees it.
+
+    Where several values carry a group, each fall is divided by ||A||_* and they are summed. Groups whose values have
+    one position only have no maps and no score. Raises UsageError where that is so for all.
+    """
+    taps = {(s.operand, s.axis): s for s in (_map(subject, site) for site in readers(subject.types)) if s is not None}
+    number = {variable: group.number for group in subject.grouping.groups for variable in group.variables.tolist()}
+    sums: dict[tuple[int, Place], Scores] = {}
+    falls: dict[tuple[int, Place], Scores] = {}
+
+    def looking(site: Site) -> See:
+        assert site.operand is not None
+        place = (site.node, site.operand)
+        held = {number[v] for v in np.unique(site.factors[site.factors >= 0]).tolist() if v in number}
+        rows = {n: _rows(subject.grouping.groups[n], site) for n in sorted(held)}
+
+        def see(value: Tensor, batch: Batch) -> None:
+            maps = _maps(value, site.axis, batch.count)
+            for group, index in rows.items():
+                width, each = index.shape
+                own, relative = np.zeros(width), np.zeros(width)
+                for sample in maps:
+                    fall, norm = independence(sample[index.reshape(-1)].double(), each)
+                    own += fall.cpu().numpy()
+                    relative += (fall / norm.clamp_min(torch.finfo(torch.float64).tiny)).cpu().numpy()
+                key = (group, place)
+                sums[key] = sums.get(key, 0.0) + own
+                falls[key] = falls.get(key, 0.0) + relative
+
+        return see
+
+    places: dict[Place, See] = {(s.node, s.operand): looking(s) for s in taps.values() if s.operand is not None}
+    if not places:
+        names = ", ".join(group.name for group in subject.grouping.groups)
+        raise UsageError(
+            f"--scorer chip compares feature maps, and the values of these groups have one position only: {names}. "
+            "Take another scorer, such as magnitude."
+        )
+    watch(subject, places)
+    assert subject.samples is not None
+    scores = []
+    for group in subject.grouping.groups:
+        keys = [key for key in sums if key[0] == group.number]
+        found = [sums[keys[0]]] if len(keys) == 1 else [falls[key] for key in keys]
+        scores.append(np.sum(found, axis=0) / subject.samples.count if found else np.full(group.width, np.nan))
+    return scores
+
+
+def independence(maps: Tensor, each: int = 1) -> tuple[Tensor, Tensor]:
+    """How much the nuclear norm falls when `each` neighbouring rows are zero, [rows / each], and the norm itself.
+
+    maps: [rows, positions] in float64. With G = A'A and a the rows that go, the fall is
+    -1/(2 pi) times the integral over s > 0 of s^(-1/2) log det(I - a (G + s)^-1 a'), since tr sqrt(X) is 1/pi times the
+    integral of s^(-1/2) tr X (X + s)^-1. In log s the trapezoidal rule converges exponentially: one decomposition per
+    matrix in place of one per channel, to about seven digits of the largest singular value.
+    """
+    is_wide = len(maps) <= maps.shape[1]
+    eigenvalues, vectors = torch.linalg.eigh(maps @ maps.T if is_wide else maps.T @ maps)
+    largest = eigenvalues.max()
+    eigenvalues = torch.where(eigenvalues > largest * _ROUNDING * len(eigenvalues), eigenvalues, 0.0)
+    norm = eigenvalues.sqrt().sum()
+    if float(largest) <= 0.0:
+        return maps.new_zeros(len(maps) // each), norm
+    shift = largest * _NODES.to(maps.device).exp()
+    inverse = 1.0 / (eigenvalues[:, None] + shift)  # [eigenvalues, nodes]
+    gone = (vectors * eigenvalues.sqrt() if is_wide else maps @ vectors).reshape(-1, each, len(eigenvalues))
+    # I - a (G + s)^-1 a' without cancellation, where the eigenvectors make a square matrix: s u (l + s)^-1 u'.
+    left = vectors.reshape(gone.shape) if is_wide else None
+    if each == 1:
+        floor = _ROUNDING if left is None else _TINY
+        part = gone[:, 0].square() @ inverse
+        rest = 1.0 - part if left is None else (left[:, 0].square() @ inverse) * shift
+        drop = torch.where(part < 0.5, torch.log1p(-part.clamp_max(0.5)), rest.clamp_min(floor).log())
+    else:
+        step = max(1, _BLOCK // gone.numel())
+        pieces = zip(inverse.T.split(step), shift.split(step), strict=True)
+        drop = torch.cat([_log_det(gone, left, own, s) for own, s in pieces], 1)
+    return -(drop @ shift.sqrt()) * (_STEP / (2 * torch.pi)), norm
+
+
+def _log_det(gone: Tensor, left: Tensor | None, weights: Tensor, shift: Tensor) -> Tensor:
+    """log det(I - a diag(w) a'), [blocks, nodes], for blocks a [blocks, each, eigenvalues] and w [nodes, eigenvalues].
+
+    A series where what is taken off is small.
+    """
+    part = (gone[:, None] * weights[:, None]) @ gone[:, None].mT
+    trace = part.diagonal(dim1=2, dim2=3).sum(2)
+    series = -trace - part.square().sum((2, 3)) / 2
+    if left is None:
+        rest = torch.eye(part.shape[2], dtype=part.dtype, device=part.device) - part
+    else:
+        rest = (left[:, None] * weights[:, None]) @ left[:, None].mT * shift[:, None, None]
+    floor = part.shape[2] * math.log(_ROUNDING if left is None else _TINY)
+    return torch.where(trace < _SMALL, series, torch.linalg.slogdet(rest)[1].clamp_min(floor))
+
+
+def _map(subject: Subject, site: Site) -> Site | None:
+    """The last value on the way to a reader that has several positions: what global pooling pools, for one."""
+    chosen = np.unique(site.factors[site.factors >= 0])
+    node, operand = site.node, site.operand
+    while operand is not None and operand.op == "call_function":
+        axes = subject.types.values[operand]
+        found = [subject.types.solution.factors(axis) for axis in axes]
+        axis = max(range(len(axes)), key=lambda i: np.isin(chosen, found[i]).sum())
+        if not np.isin(chosen, found[axis]).any():
+            return None
+        count = math.prod(len(other) for position, other in enumerate(axes) if position != axis)
+        if count > subject.types.captured.batch:
+            return Site(node, operand, axis, np.where(np.isin(found[axis], chosen), found[axis], -1))
+        first = operand.args[0] if operand.args else None
+        node, operand = operand, first if isinstance(first, Node) else None
+    return None
+
+
+def _rows(group: Group, site: Site) -> Terms:
+    """[width, each] which indices of the axis belong to each channel of the group."""
+    place = {variable: position for position, variable in enumerate(group.variables.tolist())}
+    rows: list[list[int]] = [[] for _ in place]
+    for index, factors in enumerate(site.factors.tolist()):
+        for variable in factors:
+            if variable in place:
+                rows[place[variable]].append(index)
+    return np.array(rows)
+
+
+def _maps(value: Tensor, axis: int, count: int) -> Tensor:
+    """[samples, channels, positions]; the first axis counts samples, perhaps with windows folded into it."""
+    moved = value.movedim(axis, -1)
+    return moved.reshape(count, -1, moved.shape[-1]).mT

@@ -1,0 +1,101 @@
+"""FPGM: the filters nearest to all others of their layer can be replaced by them.
+
+Source: He et al., "Filter Pruning via Geometric Median" (CVPR 2019), equations 1 to 9: the score of a filter is the sum
+of its Euclidean distances to the layer's filters. Distances are taken of differences, never by inner products, which
+would leave near-duplicates to rounding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from slimc.graph.groups import Group
+from slimc.roles import Site, writers
+from slimc.scores import Scores, Subject, scorer
+
+_SOURCE = "He et al., CVPR 2019"
+_ROWS = 64
+
+
+@scorer("fpgm", "sum of distances to the group's other channels, all writers' filters as one vector", _SOURCE)
+def fpgm(subject: Subject) -> list[Scores]:
+    """Filters of all writers of a channel, each layer's divided by its root mean square, make one vector.
+
+    With one writer this is the paper's score, up to a factor.
+    """
+    written = _written(subject)
+    return [_of_group(group, [torch.cat(_filters(subject, group, written), 1)]) for group in subject.grouping.groups]
+
+
+@scorer("fpgm-sum", "sum of distances to the group's other channels, summed over writers", _SOURCE)
+def fpgm_sum(subject: Subject) -> list[Scores]:
+    """Sums of distances of each writer on its own, each layer divided by its root mean square, then summed."""
+    written = _written(subject)
+    return [_of_group(group, _filters(subject, group, written)) for group in subject.grouping.groups]
+
+
+def _of_group(group: Group, vectors: list[Tensor]) -> Scores:
+    total = np.zeros(group.width)
+    for own in vectors:
+        for start in range(0, group.width, _ROWS):
+            block = torch.cdist(own[start : start + _ROWS], own, compute_mode="donot_use_mm_for_euclid_dist")
+            total[start : start + _ROWS] += block.sum(1, dtype=torch.float64).cpu().numpy()
+    return total if sum(own.shape[1] for own in vectors) else np.full(group.width, np.nan)
+
+
+def _written(subject: Subject) -> dict[str, set[int]]:
+    """For each parameter with two axes or more that writes channels, the variables it writes."""
+    first = {alias: name for name, aliases in subject.types.aliases.items() for alias in aliases}
+    found: dict[str, set[int]] = {}
+    for site in writers(subject.types, after_norms=False):
+        variables = set(np.unique(site.factors[site.factors >= 0]).tolist())
+        for source in _parameters(site):
+            name = first.get(str(source.target), str(source.target))
+            if name in subject.types.tensors and subject.is_parameter(name) and subject.tensor(name).dim() > 1:
+                found.setdefault(name, set()).update(variables)
+    return found
+
+
+def _parameters(site: Site) -> list[Node]:
+    """The parameters that a writer's values are made of, besides its input."""
+    waiting = [site.operand] if site.operand is not None else list(site.node.all_input_nodes)
+    found = []
+    while waiting:
+        node = waiting.pop()
+        if node.op == "get_attr":
+            found.append(node)
+        elif node.op == "call_function" and all(_is_fixed(source) for source in node.all_input_nodes):
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def _is_fixed(node: Node) -> bool:
+    return node.op == "get_attr" or (
+        node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_fixed, node.all_input_nodes))
+    )
+
+
+def _filters(subject: Subject, group: Group, written: dict[str, set[int]]) -> list[Tensor]:
+    """[width, numbers of one channel] for each parameter that writes the group; a first one of no numbers."""
+    vectors = [torch.zeros(group.width, 0)]
+    place = np.full(subject.types.solution.variables + 1, -1)
+    place[group.variables] = np.arange(group.width)
+    for name, variables in written.items():
+        if variables.isdisjoint(group.variables.tolist()):
+            continue
+        tensor = subject.tensor(name)
+        for axis, terms in enumerate(subject.types.tensors[name]):
+            factors = subject.types.solution.factors(terms)
+            channels = place[np.where(np.isin(factors, list(variables)), factors, -1)].max(1)
+            indices = np.flatnonzero(channels >= 0)
+            if not indices.size:
+                continue
+            order = indices[np.argsort(channels[indices], kind="stable")]
+            rows = tensor.index_select(axis, torch.from_numpy(order).to(tensor.device)).movedim(axis, 0)
+            own = rows.reshape(group.width, -1).cpu()
+            own = own if own.dtype == torch.float64 else own.float()
+            vectors.append(own / own.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny))
+    return vectors
