@@ -112,7 +112,7 @@ def test_a_data_loader_is_taken_as_it_is() -> None:
 
 def test_an_npz_file_is_read_in_batches_of_all_its_arrays(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.arange(10.0).reshape(5, 2), y=np.arange(5))
-    batches = list(open_data(f"npz:{tmp_path / 'data.npz'}", batch_size=2))
+    batches = list(open_data(f"npz:{tmp_path / 'data.npz'}", batch_size=2, ONE))
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert [len(batch[0]) for batch in batches] == [2, 2, 1]
     assert torch.equal(torch.cat([batch[0] for batch in batches]), torch.arange(10.0).view(5, 2))
@@ -137,7 +137,7 @@ def test_files_that_hold_no_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
     for name in ("missing", "text", "none", "ragged", "scalar", "texts", "half"):
         with pytest.raises(UsageError, match=rf"{name}\.npz"):
-            open_data(f"npz:{tmp_path / name}.npz")
+            open_data(f"npz:{tmp_path / name}.npz", ONE)
     with pytest.raises(UsageError, match=r"empty\.npy"):
         load_arrays(tmp_path / "empty.npy")
 
@@ -151,7 +151,7 @@ def test_pickled_objects_in_arrays_are_not_unpickled(tmp_path: Path) -> None:
 
     np.savez(tmp_path / "trap.npz", x=np.array([Trap()], dtype=object))
     with pytest.raises(UsageError, match=r"trap\.npz"):
-        open_data(f"npz:{tmp_path / 'trap.npz'}")
+        open_data(f"npz:{tmp_path / 'trap.npz'}", ONE)
     assert not opened.exists()
 
 
@@ -166,7 +166,7 @@ def test_a_function_of_the_users_own_package_gives_the_batches(tmp_path: Path, m
     (tmp_path / "our_broken.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (batch,) = open_data("our_batches:batches")
+    (batch,) = open_data("our_batches:batches", ONE)
     assert torch.equal(batch, torch.ones(2, 3))
     for name, said in (
         ("our_batches:number", "returned int"),
@@ -177,7 +177,7 @@ def test_a_function_of_the_users_own_package_gives_the_batches(tmp_path: Path, m
         ("no_such_module:batches", "cannot be imported"),
     ):
         with pytest.raises(UsageError) as refused:
-            open_data(name)
+            open_data(name, ONE)
         assert f"--data {name}" in str(refused.value)
         assert said in str(refused.value)
 
@@ -187,4 +187,4 @@ def test_a_source_without_both_parts_is_refused(text: str) -> None:
     with pytest.raises(
         UsageError, match=r"wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package\.module:function"
     ):
-        open_data(text)
+        open_data(text, ONE)
