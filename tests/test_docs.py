@@ -46,6 +46,7 @@ def test_the_worked_example_of_a_new_operator_is_proven_and_its_absence_is_named
 ) -> None:
     from slimc.graph import rule
 
+    rule.load()  # else the copies below are empty, and the rules are lost to later tests
     monkeypatch.setattr(rule, "INFER", dict(rule.INFER))
     monkeypatch.setattr(rule, "COUNT", dict(rule.COUNT))
     torch.manual_seed(0)
