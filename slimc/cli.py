@@ -121,7 +121,7 @@ def compress(
 def apply(
     model: ModelArg,
     plan: Annotated[Path, typer.Argument(help="plan.json of an earlier compression, edited or not")],
-    recover: Recover = "auto",
+    recover: Recover = "none",
     data: Data = None,
     samples: SamplesOption = None,
     out: Out = None,

@@ -102,7 +102,8 @@ def compress(
     method = scores.find(scorer if scorer != "auto" else "obs" if calibration else "magnitude")
     if method.needs != "weights" and calibration is None:
         raise UsageError(f"--scorer {method.name} needs --data: its samples cannot be made up for these inputs")
-    fit, judged = calibration.split(recovery.JUDGED) if calibration else (None, None)
+    # What judges recovery is not scored on.
+    fit = calibration.split(recovery.JUDGED)[0] if calibration and steps else calibration
     with stages.stage("score"):
         subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
         found = method.score(subject)
@@ -141,8 +142,8 @@ def compress(
         names = ", ".join(analysis.groups[number].name for number in whole_groups)
         warnings.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
     slim = _build(analysis, cut, facts, results, chosen, stages, warnings, name)
-    if steps and fit and judged:
-        slim.fit(steps, fit, judged)
+    if steps and calibration:
+        slim.fit(steps, calibration)
     return slim
 
 
@@ -151,7 +152,7 @@ def apply(
     plan: Plan,
     example_inputs: Any,
     *,
-    recover: str | Sequence[str] = "auto",
+    recover: str | Sequence[str] = "none",
     data: Iterable[Any] | None = None,
     samples: int | None = None,
     device: str | torch.device | None = None,
@@ -160,8 +161,9 @@ def apply(
 ) -> Compressed:
     """Make the same cut in another checkpoint of the same architecture, and prove it again.
 
-    recover, data, samples: as for `compress`. Raises PlanError naming the first mismatch where the plan was made for
-    another architecture, or was edited so that coupled indices no longer go together.
+    recover, data, samples: as for `compress`, but nothing is fitted unless asked for. Raises PlanError naming the
+    first mismatch where the plan was made for another architecture, or was edited so that coupled indices no longer
+    go together.
     """
     stages, wanted = Stages(progress), recover_steps(recover)
     analysis = analyse(model, example_inputs, stages, device)
@@ -178,7 +180,7 @@ def apply(
     seed = numbers[1]
     calibration = gather(analysis, data, samples, seed, stages) if wanted else None
     if calibration and (steps := _possible(wanted, calibration)):
-        slim.fit(steps, *calibration.split(recovery.JUDGED))
+        slim.fit(steps, calibration)
     return slim
 
 
@@ -280,7 +282,7 @@ def recover_steps(wanted: str | Sequence[str]) -> tuple[str, ...]:
 def _possible(wanted: Sequence[str], samples: Samples | None) -> tuple[str, ...]:
     """The steps that run with these samples, or without any."""
     if tuple(wanted) == ("auto",):
-        return AUTO if samples and samples.count > 1 else ()
+        return AUTO if samples else ()
     if wanted and samples is None:
         raise UsageError(f"--recover {','.join(wanted)} needs --data to fit on: these inputs cannot be made up")
     return tuple(wanted)

@@ -26,6 +26,7 @@ from .graph.capture import program_of
 from .graph.infer import attribute
 from .graph.resize import Cut
 from .plan import Plan
+from .recover import Task
 from .report import Calibration, Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
 from .rewrite import Rewritten
 from .samples import Samples, affordable, collect
@@ -60,7 +61,7 @@ class Compressed:
     ) -> None:
         self.module = module
         self.graph: GraphModule = rewritten.module
-        self._twins = rewritten.twins
+        self._rewritten = rewritten
         self._cut = cut
         self.analysis = analysis
         self.plan = plan
@@ -91,34 +92,40 @@ class Compressed:
     def recover(self, name: str, data: Iterable[Any], samples: int | None = None) -> None:
         """Fit the kept weights again by one step of `slimc methods`, on batches of inputs; labels are not needed.
 
-        samples: how many are read at most (default: as many as are quick, up to 512).
+        samples: how many are read at most (default: as many as are quick, up to 512). All are fitted on, and the
+        result stays whatever it is; `compress` and `apply` set some aside and undo what does not help.
         """
         recover.find(name)
         captured = self.analysis.captured
         fixed = captured.batch if captured.dynamic_shapes is None else None
         found = collect(data, captured.example, samples or affordable(self.analysis.full.macs), fixed)
-        self.fit([name], *found.split(recover.JUDGED))
-
-    def fit(self, steps: Sequence[str], fitted: Samples, judged: Samples) -> None:
-        """Run recovery steps on some samples; each is undone unless it brings the outputs nearer on the others."""
         self.synchronise()
-        original, stages = self.analysis.captured.module, self.stages
-        with stages.stage("recover"), evaluating(self.graph):
-            judge = recover.Judge(original, judged)
-            for name in steps:
-                stages.detail(name)
-                task = recover.Task(
-                    original, self.graph, self._twins, self.analysis.types, self._cut, fitted,
-                    self.report.method.seed, stages.tick,
-                )  # fmt: skip
-                outcome = recover.attempt(task, name, judge)
-                self.note_recovery(name, outcome.detail, outcome.before, outcome.after, outcome.kept)
-        agreement = judge.agreement(self.graph)
-        self.report = replace(
-            self.report, calibration=Calibration(judged.source, fitted.count, judged.count, agreement)
-        )
+        with self.stages.stage("recover"), evaluating(self.graph):
+            detail = recover.find(name).run(self._task(found))
+        self.note_recovery(name, detail)
         if self.module is not self.graph:
             _copy_tensors(self.graph, self.module)
+
+    def fit(self, steps: Sequence[str], samples: Samples) -> None:
+        """Run recovery steps on most of the samples; each is undone unless it brings the outputs nearer on the rest."""
+        fitted, judged = samples.split(recover.JUDGED)
+        self.synchronise()
+        with self.stages.stage("recover"), evaluating(self.graph):
+            judge = recover.Judge(self.analysis.captured.module, judged)
+            for name in steps:
+                self.stages.detail(name)
+                outcome = recover.attempt(self._task(fitted), name, judge)
+                self.note_recovery(name, outcome.detail, outcome.before, outcome.after, outcome.kept)
+            agreement = judge.agreement(self.graph)
+        seen = Calibration(judged.source, fitted.count, judged.count, agreement)
+        self.report = replace(self.report, calibration=seen)
+        if self.module is not self.graph:
+            _copy_tensors(self.graph, self.module)
+
+    def _task(self, samples: Samples) -> Task:
+        original, seed = self.analysis.captured.module, self.report.method.seed
+        types, tick = self.analysis.types, self.stages.tick
+        return Task(original, self.graph, self._rewritten.twins, types, self._cut, samples, seed, tick)
 
     def note_recovery(
         self, name: str, detail: str, before: float | None = None, after: float | None = None, kept: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,11 +51,13 @@ class Batch:
 class Samples:
     """Batches in memory.
 
-    source: where they come from, in words for the report.
+    source: where they come from, in words for the report. whole: batches must keep their size, the only one that the
+    model takes.
     """
 
     batches: tuple[Batch, ...]
     source: str
+    whole: bool = False
 
     @property
     def count(self) -> int:
@@ -72,25 +74,27 @@ class Samples:
         return (batch.example for batch in self.batches)
 
     def split(self, share: float) -> tuple[Samples, Samples]:
-        """Two parts, the second with `share` of every batch that has two samples or more: to fit on, and to judge by.
+        """Two parts, the second with `share` of the samples: to fit on, and to judge by.
 
-        Raises UsageError where there is only one sample.
+        Raises UsageError where there is only one sample, or only one batch that must stay whole.
         """
-        if self.count < 2:
-            raise UsageError(f"{self.source} gave {self.count} sample; at least 2 are needed, better a few hundred")
+        pieces = len(self.batches) if self.whole else self.count
+        if pieces < 2:
+            what = "batch" if self.whole else "sample"
+            raise UsageError(f"{self.source} gave {pieces} {what}; at least 2 are needed, better a few hundred samples")
         fit: list[Batch] = []
         judge: list[Batch] = []
-        if all(batch.count == 1 for batch in self.batches):  # a fixed batch size of one: whole batches are set aside
+        if self.whole or all(batch.count == 1 for batch in self.batches):
             every = max(2, round(1 / share))
             for number, batch in enumerate(self.batches):
                 (judge if number % every == every - 1 or number == len(self.batches) - 1 else fit).append(batch)
-            return Samples(tuple(fit), self.source), Samples(tuple(judge), self.source)
+            return replace(self, batches=tuple(fit)), replace(self, batches=tuple(judge))
         for batch in self.batches:
             held = min(batch.count - 1, max(1, round(batch.count * share)))
             fit.append(batch[: batch.count - held])
             if held:
                 judge.append(batch[batch.count - held :])
-        return Samples(tuple(fit), self.source), Samples(tuple(judge), self.source)
+        return replace(self, batches=tuple(fit)), replace(self, batches=tuple(judge))
 
 
 def affordable(macs: float) -> int:
@@ -122,7 +126,7 @@ def collect(
     if not found:
         wanted = f" with {batch} samples, the only batch size that the model takes" if batch else ""
         raise UsageError(f"{source} gave no batch{wanted}")
-    return Samples(tuple(found), source)
+    return Samples(tuple(found), source, whole=batch is not None)
 
 
 def _parts(whole: Batch, size: int | None, left: int) -> list[Batch]:

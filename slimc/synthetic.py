@@ -50,7 +50,7 @@ def synthetic(captured: Captured, count: int, macs: float, seed: int = 0) -> Sam
     sizes = [min(step, count - start) for start in range(0, count, step)]
     if captured.dynamic_shapes is None:
         sizes = [step] * len(sizes)
-    generator = np.random.default_rng(seed)
+    generator, whole = np.random.default_rng(seed), captured.dynamic_shapes is None
     if len(tensors) == 1 and _is_picture(tensors[0]):
         device = tensors[0].device
         made = [dead_leaves(size, tuple(tensors[0].shape[1:]), generator).to(device) for size in sizes]
@@ -59,10 +59,12 @@ def synthetic(captured: Captured, count: int, macs: float, seed: int = 0) -> Sam
         if rounds >= _FEWEST_ROUNDS and any(is_reestimated(node) for node in captured.module.graph.nodes):
             made = [matched(captured, example, pictures, rounds) for pictures in made]
             source += ", fitted to the model's batch norms"
-        return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source)
+        return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source, whole)
     vocabularies = _vocabularies(captured.module)
     if vocabularies and not any(t.is_floating_point() for t in tensors):
-        return Samples(tuple(Batch(_tokens(example, size, vocabularies, generator)) for size in sizes), "random tokens")
+        return Samples(
+            tuple(Batch(_tokens(example, size, vocabularies, generator)) for size in sizes), "random tokens", whole
+        )
     return None
 
 

@@ -114,8 +114,9 @@ def test_json_is_one_document_on_stdout_and_the_report(result: tuple[Path, Any])
     assert printed == json.loads((out / "report.json").read_text())
     assert printed["model"] == MODEL
     assert printed["targets"]["params"]["got"] <= printed["targets"]["params"]["asked"] == 0.5
-    assert [step["method"] for step in printed["recovery"]] == ["bn"]
-    assert "32 samples" in printed["recovery"][0]["detail"]
+    assert [step["method"] for step in printed["recovery"]] == ["reconstruct", "bn", "distill"]
+    assert printed["calibration"]["fitted"] + printed["calibration"]["judged"] == 32
+    assert any(step["kept"] and step["after"] < step["before"] for step in printed["recovery"])
 
 
 def test_progress_goes_to_stderr_and_no_warning_of_a_library_does(result: tuple[Path, Any]) -> None:

@@ -286,8 +286,9 @@ def test_a_model_without_operations_has_no_flops_to_cut() -> None:
         ({"flops": 0.5, "round_to": 0}, "--round-to 0"),
         ({"flops": 0.5, "round_to": "eight"}, "--round-to eight"),
         ({"flops": 0.5, "recover": "magic"}, "--recover magic"),
-        ({"flops": 0.5, "recover": "bn"}, "needs --data"),
-        ({"flops": 0.5, "recover": ["bn"]}, "needs --data"),
+        ({"flops": 0.5, "samples": 1}, "--samples 1"),
+        ({"flops": 0.5, "data": [noise(1, 3, 8, 8)]}, "gave 1 sample"),
+        ({"flops": 0.5, "scorer": "taylor"}, "--scorer taylor needs data"),
         ({"flops": 0.5, "recover": "bn", "data": []}, "--data"),
         ({"flops": 0.5, "data": ["text"]}, "--data"),
     ],
@@ -359,6 +360,13 @@ def test_a_plan_for_another_architecture_is_refused(slim: slimc.Compressed) -> N
 # -- recovery -----------------------------------------------------------------------------------------
 
 
+def reestimated(model: nn.Module, inputs: Any, data: Any, **options: Any) -> slimc.Compressed:
+    """Cut plainly, then re-estimate batch norms on all of the data."""
+    slim = plain(model, inputs, **options)
+    slim.recover("bn", data)
+    return slim
+
+
 def _loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(noise(16, 3, 8, 8, seed=7) + 1, torch.zeros(16, dtype=torch.int64)), batch_size=16)
 
@@ -374,7 +382,7 @@ DATA: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("form", DATA)
 def test_re_estimated_statistics_are_those_that_torch_computes(form: str, slim: slimc.Compressed) -> None:
-    recovered = plain(seeded(ConvNet), X, flops=0.5, data=DATA[form](), recover="auto")
+    recovered = reestimated(seeded(ConvNet), X, DATA[form](), flops=0.5)
     wanted = copy.deepcopy(slim.module)
     for module in wanted.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -408,7 +416,7 @@ def test_dictionary_batches_feed_a_model_that_takes_keywords() -> None:
             return out
 
     batches = [{"features": noise(8, 6) + 3, "labels": torch.zeros(8)}]
-    slim = plain(seeded(Keyword), {"features": noise(4, 6)}, params=0.5, data=batches, recover="bn")
+    slim = reestimated(seeded(Keyword), {"features": noise(4, 6)}, batches, params=0.5)
     hidden = slim.module.get_submodule("net.0")(batches[0]["features"])
     torch.testing.assert_close(slim.module.get_buffer("net.1.running_mean"), hidden.mean(0), rtol=1e-5, atol=1e-6)
 
@@ -416,7 +424,7 @@ def test_dictionary_batches_feed_a_model_that_takes_keywords() -> None:
 def test_statistics_over_several_batches_are_those_of_all_samples() -> None:
     whole = noise(24, 3, 8, 8, seed=9)
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3)))
-    slim = plain(model, X, flops=0.5, data=[whole[:8], whole[8:12], whole[12:]], recover="bn")
+    slim = reestimated(model, X, [whole[:8], whole[8:12], whole[12:]], flops=0.5)
     first = slim.module.get_submodule("0")(whole)
     torch.testing.assert_close(slim.module.get_buffer("1.running_mean"), first.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(slim.module.get_buffer("1.running_var"), first.var((0, 2, 3)), rtol=1e-4, atol=1e-6)
@@ -435,7 +443,7 @@ def test_a_norm_that_is_used_twice_has_the_statistics_of_both_uses() -> None:
             return out
 
     x = noise(64, 6) + 1
-    module = plain(seeded(Shared), noise(4, 6), params=0.7, data=[x], recover="bn").module
+    module = reestimated(seeded(Shared), noise(4, 6), [x], params=0.7).module
     assert isinstance(module, Shared)
     with torch.no_grad():
         one = module.first(x)
@@ -449,7 +457,7 @@ def test_a_norm_that_is_used_twice_has_the_statistics_of_both_uses() -> None:
 def test_data_that_is_not_finite_is_refused_before_it_spoils_the_statistics() -> None:
     slim = plain(seeded(ConvNet), X, flops=0.5)
     before = weights(slim.module)
-    with pytest.raises(UsageError, match=r"bn1\.running_mean cannot be re-estimated: --data leads to values"):
+    with pytest.raises(UsageError, match=r"batch 1 of --data holds NaN or infinity in its sample 0"):
         slim.recover("bn", [torch.full_like(X, float("nan"))])
     assert weights(slim.module) == before
     assert slim.report.recovery is None
@@ -466,7 +474,7 @@ def test_a_model_with_a_fixed_batch_takes_data_in_any_batches() -> None:
             return out
 
     data = noise(10, 6) + 2
-    slim = plain(seeded(Fixed), noise(4, 6), params=0.7, data=[data], recover="bn")
+    slim = reestimated(seeded(Fixed), noise(4, 6), [data], params=0.7)
     weight, bias = slim.module.get_parameter("first.weight"), slim.module.get_parameter("first.bias")
     hidden = nn.functional.linear(data[:8], weight, bias)
     torch.testing.assert_close(slim.module.get_buffer("norm.running_mean"), hidden.mean(0), rtol=1e-4, atol=1e-6)
@@ -484,8 +492,20 @@ def test_only_as_many_batches_are_read_as_are_needed() -> None:
     assert len(read) == 512 // 64
 
 
-def test_without_data_nothing_is_recovered(slim: slimc.Compressed) -> None:
-    assert plain(seeded(ConvNet), X, flops=0.5, recover="auto").report.recovery == slim.report.recovery is None
+def test_without_data_pictures_are_made_up_for_models_that_take_them_and_nothing_is_done_for_others() -> None:
+    slim = plain(seeded(ConvNet), X, flops=0.5, recover="auto")
+    assert slim.report.calibration is not None
+    assert slim.report.calibration.source.startswith("synthetic pictures")
+    assert slim.report.method.scorer == "obs"
+    vectors = plain(
+        seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))),
+        noise(4, 6),
+        params=0.7,
+        recover="auto",
+    )
+    assert vectors.report.recovery is None
+    assert vectors.report.calibration is None
+    assert vectors.report.method.scorer == "magnitude"
 
 
 def test_progress_tells_the_stages_in_order_and_the_target_both_ways() -> None:

@@ -112,7 +112,7 @@ def test_a_data_loader_is_taken_as_it_is() -> None:
 
 def test_an_npz_file_is_read_in_batches_of_all_its_arrays(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.arange(10.0).reshape(5, 2), y=np.arange(5))
-    batches = list(open_data(f"npz:{tmp_path / 'data.npz'}", batch_size=2, ONE))
+    batches = list(open_data(f"npz:{tmp_path / 'data.npz'}", ONE, batch_size=2))
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert [len(batch[0]) for batch in batches] == [2, 2, 1]
     assert torch.equal(torch.cat([batch[0] for batch in batches]), torch.arange(10.0).view(5, 2))

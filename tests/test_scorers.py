@@ -78,8 +78,8 @@ def test_gradients_work_where_the_caller_has_switched_them_off(name: str) -> Non
     assert_same(off, run(name, "resnet"))
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_without_data_a_scorer_that_needs_it_is_refused_before_anything_slow(name: str) -> None:
+@pytest.mark.parametrize("name", LABELS)
+def test_without_data_a_scorer_that_needs_labels_is_refused_before_anything_slow(name: str) -> None:
     class Slow(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("the model ran")
@@ -139,13 +139,18 @@ def test_labels_of_pixels_are_taken() -> None:
 
 def test_normalisations() -> None:
     own = [np.array([1.0, 3.0]), np.array([np.nan, np.nan]), np.zeros(2)]
-    wanted = {"mean": [0.5, 1.5], "max": [1 / 3, 1], "l2": [10**-0.5, 3 * 10**-0.5], "none": [1, 3]}
+    wanted: dict[str, list[float]] = {
+        "mean": [0.5, 1.5],
+        "max": [1 / 3, 1],
+        "l2": [10**-0.5, 3 * 10**-0.5],
+        "none": [1, 3],
+    }
     for how, numbers in wanted.items():
         first, second, _ = scores.normalise(own, how)
         np.testing.assert_allclose(first, numbers)
         assert (second == 1).all()
     assert scores.unscored(own) == [1]
-    with pytest.raises(UsageError, match="--normalise median: known are auto, mean, max, l2, none"):
+    with pytest.raises(UsageError, match="--normalise median: known are auto, mean, max, l2, none, cost"):
         scores.normalise(own, "median")
 
 

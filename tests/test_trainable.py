@@ -119,7 +119,8 @@ def test_the_graph_trains_and_exports_what_it_learned() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_statistics_of_a_graph_are_re_estimated_too(training: bool) -> None:
-    slim = compressed(original().train(training), data=[X + 2], recover="bn")
+    slim = compressed(original().train(training))
+    slim.recover("bn", [X + 2])
     hidden = nn.functional.conv2d(
         X + 2, slim.module.get_parameter("first.weight"), slim.module.get_parameter("first.bias"), padding=1
     )

@@ -1,0 +1,145 @@
+"""Accuracy right after the cut, after recovery without labels, and after one epoch of fine-tuning.
+
+    python -m bench.accuracy --networks resnet20 --scorers auto --budgets 0.7 0.5 0.3 --samples 512
+    python -m bench.accuracy --scorers all --finetune        (every scorer; hours)
+    python -m bench.accuracy --render                        (the page from the rows measured so far)
+
+Rows are added to bench/results/accuracy.jsonl; those that are there are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import slimc
+from bench.fashion import NETWORKS, Fashion, accuracy, fit, trained
+from bench.page import RESULTS, header
+from slimc import scores
+
+ROWS = RESULTS / "accuracy.jsonl"
+KEY = ("network", "seed", "scorer", "budget", "samples", "recover")
+
+
+def measure(
+    network: str, seed: int, scorer: str, budget: float, samples: int, recover: str, finetune: bool, data: Fashion
+) -> dict[str, Any]:
+    """One row: a network cut to a share of its FLOPs by one scorer, and what became of its accuracy."""
+    model = trained(network, seed, data)
+    before = accuracy(model, data)
+    started = time.perf_counter()
+    batches = calibration(data, samples, seed)
+    options: dict[str, Any] = {
+        "flops": budget,
+        "round_to": 1,
+        "data": batches,
+        "samples": samples or None,
+        "seed": seed,
+    }
+    plain = slimc.compress(model, data.images[:2], scorer=scorer, **{**options, "recover": "none"})
+    cut = accuracy(plain.module.eval(), data)
+    result = plain
+    recovered = None
+    if recover != "none":
+        result = slimc.compress(model, data.images[:2], scorer=scorer, recover=recover, **options)
+        recovered = accuracy(result.module.eval(), data)
+    module, got = result.module, result.report.targets["flops"].got
+    seconds = time.perf_counter() - started
+    tuned = None
+    if finetune:
+        tuned_module = copy.deepcopy(module)
+        fit(tuned_module, data, epochs=1, rate=0.05, seed=seed)
+        tuned = accuracy(tuned_module, data)
+    return {
+        "network": network, "seed": seed, "scorer": scorer, "budget": budget, "samples": samples, "recover": recover,
+        "before": before, "cut": cut, "recovered": recovered, "finetuned": tuned, "got": got,
+        "seconds": round(seconds, 1), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def calibration(data: Fashion, samples: int, seed: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Training pictures with labels (recovery does not look at these) in batches of 64; None for no data."""
+    if not samples:
+        return None
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:samples]
+    return [(data.images[index], data.labels[index]) for index in order.split(64)]
+
+
+def main() -> None:
+    """Measure what is asked for and write the page."""
+    parser = argparse.ArgumentParser(description="accuracy after cutting and recovering, on Fashion-MNIST")
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg11_bn"], choices=NETWORKS)
+    parser.add_argument("--scorers", nargs="+", default=["auto"], help="names of `slimc methods`, auto, or all")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.3])
+    parser.add_argument("--samples", nargs="+", type=int, default=[512], help="0 for no data")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--recover", default="auto")
+    parser.add_argument("--finetune", action="store_true", help="also one epoch of fine-tuning with labels")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--render", action="store_true", help="only write the page")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if not options.render:
+        data = Fashion()
+        names = sorted(scores.methods()) if options.scorers == ["all"] else options.scorers
+        known = {tuple(row[k] for k in KEY) for row in rows()}
+        cases = itertools.product(options.seeds, options.networks, options.samples, options.budgets, names)
+        for seed, network, samples, budget, scorer in cases:
+            if (network, seed, scorer, budget, samples, options.recover) in known:
+                continue
+            row = measure(network, seed, scorer, budget, samples, options.recover, options.finetune, data)
+            print(json.dumps(row), flush=True)
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    write_page()
+
+
+def rows() -> list[dict[str, Any]]:
+    """All rows measured so far."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def write_page() -> None:
+    """bench/results/accuracy.md: means over seeds, and the points lost."""
+    grouped = defaultdict(list)
+    for row in rows():
+        grouped[tuple(row[k] for k in KEY if k != "seed")].append(row)
+    lines = [
+        "# Accuracy on Fashion-MNIST's validation pictures",
+        "",
+        header(),
+        "",
+        "Percent right on 10,000 validation pictures that nothing was fitted on, means over seeds. *cut*: right after",
+        "the removal; *recovered*: after recovery without labels on so many training pictures (0: none, pictures are",
+        "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels. Any width",
+        "(`--round-to 1`).",
+        "",
+        "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (network, scorer, budget, samples, recover), found in sorted(grouped.items(), key=lambda item: str(item[0])):
+        before, cut, recovered, tuned = (
+            _mean(row[k] for row in found) for k in ("before", "cut", "recovered", "finetuned")
+        )
+        lost = None if before is None or recovered is None else before - recovered
+        numbers = " | ".join("–" if n is None else f"{n:.2f}" for n in (before, cut, recovered, lost, tuned))
+        lines.append(f"| {network} | {scorer} | {budget:g} | {samples} | {recover} | {len(found)} | {numbers} |")
+    (RESULTS / "accuracy.md").write_text("\n".join(lines) + "\n")
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+if __name__ == "__main__":
+    main()
