@@ -18,7 +18,7 @@ from bench import networks
 from slimc.graph.capture import Example
 
 BATCH = 2
-_ORDINARY_SIDE = 400
+_ORDINARY_SIDE, _HUGE_SIDE, _SMALL_SIDE = 400, 800, 256
 
 SMALL = (
     "atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "tiny", "_t", "_xs", "mini", "small", "_s", "_b0", "_0",
@@ -140,7 +140,7 @@ def size_hint(case: str) -> int:
     if source == "timm":
         import timm
 
-        *_, high, wide = timm.get_pretrained_cfg(name).input_size
+        *_, high, wide = _timm_size(name)
         return int(high * wide) * 100 if high > _ORDINARY_SIDE else 0
     if source != "torchvision":
         return 0
@@ -157,12 +157,25 @@ def _size_hint(name: str) -> tuple[int, int, int, str]:
     return (int(huge), rank, int(depth[1]) if depth else 0, name)
 
 
+def _timm_size(name: str) -> tuple[int, ...]:
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None
+    return tuple(config.input_size)
+
+
 def _timm(name: str) -> tuple[nn.Module, Any]:
     import timm
 
-    model: Any = timm.create_model(name, pretrained=False)
+    *_, side = _timm_size(name)
+    # Pictures of 1024 x 1024 (SAM) take minutes for each run of the plain model, and show nothing more.
+    smaller: dict[str, Any] = {"img_size": _SMALL_SIDE} if side > _HUGE_SIDE else {}
+    model: Any = timm.create_model(name, pretrained=False, **smaller)
     size = model.default_cfg.get("input_size", (3, 224, 224))
-    if model.default_cfg.get("fixed_input_size") is False and size[-1] > 256:
+    if smaller:
+        size = (3, _SMALL_SIDE, _SMALL_SIDE)
+    elif model.default_cfg.get("fixed_input_size") is False and size[-1] > 256:
         size = (3, 224, 224)
     return model, torch.randn(BATCH, *size)
 

@@ -8,11 +8,13 @@ from laws import check_laws
 from strategies import BLOCKS, Recipe, Step, recipes
 
 
-@settings(max_examples=30)
+@settings(max_examples=200)
 @given(recipes())
 def test_every_law_holds_on_a_drawn_network(recipe: Recipe) -> None:
     model, inputs = recipe.build()
-    check_laws(model, inputs, seed=recipe.seed, inferred_again="shuffle" not in {step.kind for step in recipe.steps})
+    # Capture takes most of the time, so that every fourth slim network is captured and inferred again.
+    again = recipe.seed % 4 == 0 and "shuffle" not in {step.kind for step in recipe.steps}
+    check_laws(model, inputs, seed=recipe.seed, inferred_again=again)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

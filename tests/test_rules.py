@@ -131,6 +131,27 @@ FREE: dict[str, Operator] = {
     "index": lambda x: x[:, :, torch.tensor([0, 3])],
     "copy": overwritten,
     "gather": lambda x: x.flatten(2).gather(2, torch.zeros(1, 1, 3, dtype=torch.int64).expand(2, 8, 3)),
+    "tensordot": lambda x: torch.tensordot(x, x.new_ones(4, 5) * 0.3, dims=([3], [0])),
+    "inner": lambda x: torch.inner(x, x[0, 0] * 0.5),
+    "cdist": lambda x: torch.cdist(x.flatten(2), x.flatten(2) * 0.5).sum(2),
+    "outer": lambda x: x * torch.outer(x[0, 0, 0], x[1, 0, 0]),
+    "hstack": lambda x: torch.hstack([x, x * 2]),
+    "fft": lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5),
+    "diff": lambda x: x.diff(dim=2),
+    # writing
+    "index_put": lambda x: x.index_put((torch.tensor([0]),), x[1:] * 2),
+    "index_put_apart": lambda x: (
+        x.transpose(1, 2)
+        .index_put((torch.tensor([0, 1]),) * 2, x[:, :, 0].transpose(1, 2)[:, 0, :, None])
+        .transpose(1, 2)
+    ),
+    "scatter": lambda x: x.scatter(2, torch.zeros(1, 1, 4, 4, dtype=torch.int64).expand(2, 8, 4, 4), x * 2),
+    "index_add": lambda x: x.index_add(2, torch.tensor([0, 3]), x[:, :, 1:3]),
+    "index_copy": lambda x: x.index_copy(3, torch.tensor([2]), x[..., :1] * 3),
+    "index_fill": lambda x: x.index_fill(2, torch.tensor([1]), 0.5),
+    "slice_scatter": lambda x: x.slice_scatter(x[:, :4] * 2, 1, 3, 7),
+    "slice_scatter_places": lambda x: x.slice_scatter(x[:, :, :2] * 2, 2, 1, 3),
+    "select_scatter": lambda x: x.select_scatter(x[:, 0] * 2, 1, 3),
 }
 
 FROZEN: dict[str, Operator] = {
@@ -149,6 +170,12 @@ FROZEN: dict[str, Operator] = {
     "repeat_interleave": lambda x: x.repeat_interleave(torch.arange(8), 1, output_size=28),
     "cummax": lambda x: x.cummax(1)[0],
     "ragged_view": lambda x: x.reshape(2, 128)[:, :126].reshape(2, 6, 21),
+    "scatter": lambda x: x.scatter(1, torch.zeros(2, 1, 4, 4, dtype=torch.int64), x[:, :1]),
+    "index_put": lambda x: x.index_put((torch.tensor([0]), torch.tensor([1])), x[:1, 0]),
+    "index_put_mask": lambda x: x.index_put((x > 0,), torch.tensor(0.5)),
+    "slice_scatter": lambda x: x.slice_scatter(x[:, :4], 1, 0, 8, 2),
+    "masked_scatter": lambda x: x.masked_scatter(x > 0, x * 2),
+    "fft": lambda x: torch.fft.rfft(x, dim=1).real,
     "as_strided": lambda x: x.as_strided((2, 4), (128, 16)),
 }
 

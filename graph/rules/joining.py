@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slimc.graph.infer import Inference, hint
-from slimc.graph.rule import Axes, Value, arguments, infers
+from slimc.graph.rule import Axes, Value, arguments, infers, operator_name
 
 
 @infers("cat", "concat", "concatenate")
@@ -16,7 +16,10 @@ def cat(walk: Inference, node: Node) -> Axes:
     call = arguments(node)
     parts = [walk.axes(part) for part in call["tensors"]]
     parts = [axes for axes in parts if not (len(axes) == 1 and len(axes[0]) == 0)] or parts
-    dim = int(call["dim"]) % len(parts[0])
+    return _joined(walk, node, parts, int(call["dim"]) % len(parts[0]))
+
+
+def _joined(walk: Inference, node: Node, parts: list[Axes], dim: int) -> Axes:
     joined = []
     for position in range(len(parts[0])):
         here = [axes[position] for axes in parts]
@@ -28,6 +31,19 @@ def cat(walk: Inference, node: Node) -> Axes:
                 walk.unify(node, here[0], axis)
         joined.append(here[0])
     return tuple(joined)
+
+
+@infers("hstack", "vstack", "dstack", "column_stack")
+def stack_along(walk: Inference, node: Node) -> Axes:
+    """Along the second, first or third axis, where all parts have it; else the parts stay whole."""
+    parts = [walk.axes(part) for part in arguments(node)["tensors"]]
+    dim = {"vstack": 0, "dstack": 2}.get(operator_name(node), 1)
+    if min(len(axes) for axes in parts) > dim and not (dim == 0 and len(parts[0]) < 2):
+        return _joined(walk, node, parts, dim)
+    for axes in parts:
+        for axis in axes:
+            walk.freeze(node, axis, "vectors become rows or columns")
+    return walk.frozen(walk.out_shape(node))
 
 
 @infers("stack")

@@ -290,3 +290,25 @@ class NoGradInside(nn.Module):
         with torch.autocast("cpu", enabled=False):
             x = self.b(x.float())
         return self.fc(x)
+
+
+# The features of both sides are contracted with the two inner axes of the weight; what comes out are its rows.
+@case("6: a.o both.weight:1", "5: b.o both.weight:2", "4: both.weight:0 both.bias:0 fc.i", inputs=features(3))
+class BilinearLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.both, self.fc = nn.Linear(3, 6), nn.Linear(3, 5), nn.Bilinear(6, 5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.both(torch.relu(self.a(x)), self.b(x))))
+
+
+# The words of a bag are looked up by number; their features are summed.
+@case("6: table.weight:1 fc.i", inputs=words(7, 5))
+class BagOfWords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.EmbeddingBag(7, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.table(x)))
