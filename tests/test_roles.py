@@ -73,7 +73,7 @@ def test_a_gate_after_a_batch_norm_is_gamma_and_beta_times_their_gradients() -> 
     model, (x, y) = build("resnet"), labelled(1)[0]
     eager_loss(model, x, y).backward()  # type: ignore[no-untyped-call]
     norms = [model.get_submodule(name) for name in ("bn0", "bn1", "bn2")]
-    wanted = [(n.weight * n.weight.grad + n.bias * n.bias.grad).detach() for n in norms]  # type: ignore[operator, union-attr]
+    wanted = [(n.weight * n.weight.grad + n.bias * n.bias.grad).detach() for n in norms]  # type: ignore[operator]
     analysis = slimc.inspect(model, x)
     (found,) = gate_gradients(subject_of(analysis, [(x, y)]), writers(analysis.types))
     for own, each in zip(found.values, wanted, strict=True):
@@ -146,7 +146,7 @@ def test_per_sample_gates_are_those_of_each_sample_alone() -> None:
         analysis = analysed(name)
         for sites in (writers(analysis.types), readers(analysis.types)):
             together = joint_gates(analysis, sites, per_sample=True)
-            alone = []
+            alone: list[Tensor] = []
             for x, y in labelled():
                 for row in range(len(x)):
                     subject = subject_of(analysis, [(x[row : row + 1], y[row : row + 1])])

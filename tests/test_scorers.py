@@ -139,7 +139,12 @@ def test_labels_of_pixels_are_taken() -> None:
 
 def test_normalisations() -> None:
     own = [np.array([1.0, 3.0]), np.array([np.nan, np.nan]), np.zeros(2)]
-    wanted = {"mean": [0.5, 1.5], "max": [1 / 3, 1], "l2": [10**-0.5, 3 * 10**-0.5], "none": [1, 3]}
+    wanted: dict[str, list[float]] = {
+        "mean": [0.5, 1.5],
+        "max": [1 / 3, 1],
+        "l2": [10**-0.5, 3 * 10**-0.5],
+        "none": [1, 3],
+    }
     for how, numbers in wanted.items():
         first, second, _ = scores.normalise(own, how)
         np.testing.assert_allclose(first, numbers)
