@@ -1,4 +1,4 @@
-"""Time of each scorer against the passes that it needs, and peak memory, each in a fresh process. Linux only."""
+"""Processor time of each scorer against the passes that it needs, and peak memory, in fresh processes. Linux only."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from bench import networks, page
 from bench.memory import Peaks, _status
 from slimc import compiler, samples, scores
+from slimc.graph.capture import Example
 
 LIMIT = 3 * 2**30
 _GIB = 2**30
@@ -30,25 +31,25 @@ def data(batches: int, size: int) -> samples.Samples:
     for _ in range(batches):
         pictures = torch.randn(size, 3, 224, 224, generator=generator)
         labels = torch.randint(CLASSES, (size,), generator=generator)
-        found.append(samples.Batch(samples.Example.of(pictures), labels))
+        found.append(samples.Batch(Example.of(pictures), labels))
     return samples.Samples(tuple(found), "random pictures")
 
 
 def plain_seconds(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, needs: str) -> float:
     """One eager pass over a batch in parts: forward for inputs, forward and backward for labels."""
-    started = time.perf_counter()
-    for part, targets in zip(inputs.split(_PART), labels.split(_PART), strict=True):
+    started = time.process_time()
+    for part, targets in zip(inputs.split(_PART), labels.split(_PART), strict=True):  # type: ignore[no-untyped-call]
         if needs == "labels":
             model.zero_grad()
             torch.nn.functional.cross_entropy(model(part), targets).backward()  # type: ignore[no-untyped-call]
         else:
             with torch.no_grad():
                 model(part)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def child(name: str, network: str, batches: int, size: int, threads: int) -> dict[str, float]:
-    """Seconds of plain passes and of scoring, and the process's largest resident memory while scoring."""
+    """Processor seconds of plain passes and of scoring, and the process's largest resident memory while scoring."""
     torch.set_num_threads(threads)
     model = networks.torchvision_model(network).eval()
     analysis = compiler.inspect(model, networks.image(network))
@@ -63,9 +64,9 @@ def child(name: str, network: str, batches: int, size: int, threads: int) -> dic
     subject = scores.Subject(analysis.types, analysis.grouping, "l2", 0, samples=calibration)
     peaks = Peaks()
     peaks.enter("score")
-    started = time.perf_counter()
+    started = time.process_time()
     method.score(subject)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return {"plain": plain, "seconds": seconds, "peak": float(_status("VmHWM"))}
 
 
@@ -90,9 +91,10 @@ def render(found: dict[str, dict[str, float]], options: argparse.Namespace) -> N
     header = ("scorer", "needs", "plain passes", "scoring", "ratio", "peak of the process", "under 3 GiB")
     legend = (
         f"{options.model}, {options.batches} batches of {options.size} random pictures of 224 x 224, which are in "
-        "memory. Plain passes: the model's own forward (inputs) or forward and backward (labels) over the same "
-        f"pictures in parts of {_PART}, the faster of two runs of one batch times the number of batches. Peak: resident "
-        "memory of the whole process while scoring, with torch, the model twice and the data."
+        "memory. Processor time, so that other programs count little. Plain passes: the model's own forward (inputs) "
+        "or forward and backward (labels) over the same "
+        f"pictures in parts of {_PART}, the faster of two runs of one batch times the number of batches. Peak: "
+        "resident memory of the whole process while scoring, with torch, the model twice and the data."
     )
     parts = [page.header(options.threads), legend, page.table(header, rows)]
     page.write(options.out, "Time and memory of scorers", parts)
@@ -116,7 +118,7 @@ def main() -> None:
     for name in options.scorers:
         found[name] = measure(name, options)
         print(f"{name}: {found[name]['seconds']:.1f} s, {found[name]['peak'] / _GIB:.2f} GiB", flush=True)
-    render(found, options)
+        render(found, options)  # after each, since all take an hour
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def distances(rows: Tensor) -> Tensor:
     sums = lengths[:, None] + lengths
     squares = (sums - 2 * centred @ centred.T).clamp_min(0)
     near = torch.triu(squares < _NEAR * sums, 1).nonzero()
-    for pairs in near.split(max(1, _NUMBERS // max(1, rows.shape[1]))):
-        first, second = pairs.T
+    step = max(1, _NUMBERS // max(1, rows.shape[1]))
+    for start in range(0, len(near), step):
+        first, second = near[start : start + step].T
         squares[first, second] = squares[second, first] = (rows[first] - rows[second]).square().sum(1)
     return squares.fill_diagonal_(0).sqrt()
 
