@@ -71,7 +71,7 @@ def calibration(data: Fashion, samples: int, seed: int) -> list[tuple[Tensor, Te
     if not samples:
         return None
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))[:samples]
-    return [(data.images[index], data.labels[index]) for index in order.split(64)]
+    return [(data.images[index], data.labels[index]) for index in torch.split(order, 64)]
 
 
 def main() -> None:

@@ -138,8 +138,6 @@ def size_hint(case: str) -> int:
     """What a case costs, roughly: parameters where its library says so, or the pixels of large pictures."""
     source, _, name = case.partition(":")
     if source == "timm":
-        import timm
-
         *_, high, wide = _timm_size(name)
         return int(high * wide) * 100 if high > _ORDINARY_SIDE else 0
     if source != "torchvision":

@@ -74,7 +74,7 @@ class Fashion:
     def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in random order, each picture mirrored half the time and moved by up to 2 pixels."""
         order = torch.randperm(len(self.images), generator=generator)
-        for index in order.split(BATCH):
+        for index in torch.split(order, BATCH):
             if len(index) == BATCH:
                 yield _augmented(self.images[index], generator), self.labels[index]
 
@@ -110,7 +110,7 @@ def fit(model: nn.Module, data: Fashion, *, epochs: int, rate: float, seed: int,
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=rate, total_steps=epochs * data.steps(), pct_start=warmup, anneal_strategy="linear"
     )
-    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train().to(memory_format=torch.channels_last)
     for epoch in range(epochs):
         started, total = time.perf_counter(), 0.0
         for images, labels in data.batches(generator):
@@ -121,17 +121,20 @@ def fit(model: nn.Module, data: Fashion, *, epochs: int, rate: float, seed: int,
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            total += float(loss)
+            total += float(loss.detach())
         spent = time.perf_counter() - started
         print(f"  epoch {epoch + 1} of {epochs}: loss {total / data.steps():.3f}, {spent:.0f} s", flush=True)
-    model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.eval().to(memory_format=torch.contiguous_format)
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, data: Fashion) -> float:
     """Percent right on the validation pictures, in float32 and eval mode."""
     images, labels = data.validation
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
+    right = sum(
+        int((model(x).argmax(1) == y).sum())
+        for x, y in zip(torch.split(images, 500), torch.split(labels, 500), strict=True)
+    )
     return 100 * right / len(labels)
 
 

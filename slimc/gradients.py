@@ -24,7 +24,7 @@ from .roles import Site
 from .samples import Batch, Samples
 from .scores import Loss, Subject
 
-ACTIVATION_LIMIT = 2**30
+ACTIVATION_LIMIT = 2**29
 """Bytes of activations alive during a backward pass."""
 _PASSES = {"dropout", "contiguous", "to", "alias", "detach", "reshape", "flatten"}
 

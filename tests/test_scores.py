@@ -100,7 +100,8 @@ def test_random_scores_follow_the_seed_alone(analysis: Analysis) -> None:
     assert all(len(set(own.tolist())) == len(own) and (own > 0).all() for own in first)
 
 
-@pytest.mark.parametrize("name", sorted(scores.methods()))
+# tests/test_scorers.py has those that look at data, or say nothing of some groups.
+@pytest.mark.parametrize("name", ["fpgm", "fpgm-sum", "magnitude", "random"])
 def test_every_scorer_gives_each_channel_one_finite_number_and_changes_nothing(analysis: Analysis, name: str) -> None:
     before = {n: t.clone() for n, t in analysis.model.state_dict().items()}
     found = score(analysis, name)

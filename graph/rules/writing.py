@@ -109,6 +109,6 @@ def bounds(work: Resizing, old: Node, new: Node) -> None:
 def by_order(walk: Inference, node: Node) -> Axes:
     """Elements are counted across all axes, so nothing may go."""
     for source in node.all_input_nodes:
-        for axis in walk.values[source] or ():
+        for axis in walk.value(source) or ():
             walk.freeze(node, axis, "its elements are counted across all axes")
     return walk.frozen(walk.out_shape(node))

@@ -1,8 +1,8 @@
 """FPGM: the filters nearest to all others of their layer can be replaced by them.
 
 Source: He et al., "Filter Pruning via Geometric Median" (CVPR 2019), equations 1 to 9: the score of a filter is the sum
-of its Euclidean distances to the layer's filters. Distances are taken of differences, never by inner products, which
-would leave near-duplicates to rounding.
+of its Euclidean distances to the layer's filters. Distances come from inner products in double precision, and for near
+neighbours from their differences, since rounding would rank those at random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from slimc.roles import Site, writers
 from slimc.scores import Scores, Subject, scorer
 
 _SOURCE = "He et al., CVPR 2019"
-_ROWS = 64
+_NEAR = 1e-6
+_NUMBERS = 2**22
 
 
 @scorer("fpgm", "sum of distances to the group's other channels, all writers' filters as one vector", _SOURCE)
@@ -38,12 +39,23 @@ def fpgm_sum(subject: Subject) -> list[Scores]:
 
 
 def _of_group(group: Group, vectors: list[Tensor]) -> Scores:
-    total = np.zeros(group.width)
-    for own in vectors:
-        for start in range(0, group.width, _ROWS):
-            block = torch.cdist(own[start : start + _ROWS], own, compute_mode="donot_use_mm_for_euclid_dist")
-            total[start : start + _ROWS] += block.sum(1, dtype=torch.float64).cpu().numpy()
-    return total if sum(own.shape[1] for own in vectors) else np.full(group.width, np.nan)
+    if not sum(own.shape[1] for own in vectors):
+        return np.full(group.width, np.nan)
+    return np.asarray(torch.stack([distances(own).sum(1) for own in vectors]).sum(0))
+
+
+def distances(rows: Tensor) -> Tensor:
+    """Euclidean distances between all rows, [n, n], from [n, d] in float64."""
+    centred = rows - rows.mean(0)
+    lengths = centred.square().sum(1)
+    sums = lengths[:, None] + lengths
+    squares = (sums - 2 * centred @ centred.T).clamp_min(0)
+    near = torch.triu(squares < _NEAR * sums, 1).nonzero()
+    step = max(1, _NUMBERS // max(1, rows.shape[1]))
+    for start in range(0, len(near), step):
+        first, second = near[start : start + step].T
+        squares[first, second] = squares[second, first] = (rows[first] - rows[second]).square().sum(1)
+    return squares.fill_diagonal_(0).sqrt()
 
 
 def _written(subject: Subject) -> dict[str, set[int]]:
@@ -80,7 +92,7 @@ def _is_fixed(node: Node) -> bool:
 
 def _filters(subject: Subject, group: Group, written: dict[str, set[int]]) -> list[Tensor]:
     """[width, numbers of one channel] for each parameter that writes the group; a first one of no numbers."""
-    vectors = [torch.zeros(group.width, 0)]
+    vectors = [torch.zeros(group.width, 0, dtype=torch.float64)]
     place = np.full(subject.types.solution.variables + 1, -1)
     place[group.variables] = np.arange(group.width)
     for name, variables in written.items():
@@ -95,7 +107,6 @@ def _filters(subject: Subject, group: Group, written: dict[str, set[int]]) -> li
                 continue
             order = indices[np.argsort(channels[indices], kind="stable")]
             rows = tensor.index_select(axis, torch.from_numpy(order).to(tensor.device)).movedim(axis, 0)
-            own = rows.reshape(group.width, -1).cpu()
-            own = own if own.dtype == torch.float64 else own.float()
+            own = rows.reshape(group.width, -1).cpu().double()
             vectors.append(own / own.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny))
     return vectors

@@ -15,8 +15,11 @@ import torch
 from slimc.readings import readings
 from slimc.scores import Scores, Subject, scorer
 
-_STEPS = 60
+_STEPS = 48
+_SWEEPS = 100
 _RANGE = 1e-4
+_RIDGE = 1e-9
+_ROUNDING = 1e-9
 
 
 @scorer(
@@ -46,20 +49,26 @@ def leaving(gram: Scores) -> Scores:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import lasso_path
 
-    eigenvalues, vectors = np.linalg.eigh(gram)
-    columns = np.sqrt(np.maximum(eigenvalues, 0))[:, None] * vectors.T  # any columns with these inner products
-    target = columns.sum(1)
     strongest = float(np.abs(gram.sum(1)).max())
     if strongest <= 0:
         return np.zeros(len(gram))
+    ridge = _RIDGE * float(np.trace(gram)) / len(gram) * np.eye(len(gram))
+    columns = np.linalg.cholesky(gram + ridge).T  # any columns with these inner products
+    target = columns.sum(1)
     penalties = strongest * np.geomspace(1.0, _RANGE, _STEPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last steps of nearly equal columns decide nothing
         _, path, _ = lasso_path(
-            columns, target, alphas=penalties / len(columns), precompute=gram, Xy=gram.sum(1), max_iter=2000, tol=1e-6
+            columns,
+            target,
+            alphas=penalties / len(columns),
+            precompute=gram,
+            Xy=gram.sum(1),
+            max_iter=_SWEEPS,
+            tol=1e-5,
         )
     beta = np.abs(np.asarray(path, np.float64))  # [channels, penalties], strongest first
-    is_in = beta > 0
+    is_in = beta > _ROUNDING * beta.max()
     first = np.where(is_in.any(1), is_in.argmax(1), _STEPS)
     score = np.zeros(len(gram))
     for channel, entered in enumerate(first.tolist()):

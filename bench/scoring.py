@@ -1,0 +1,125 @@
+"""Processor time of each scorer against the passes that it needs, and peak memory, in fresh processes. Linux only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import networks, page
+from bench.memory import Peaks, _status
+from slimc import compiler, samples, scores
+from slimc.graph.capture import Example
+
+LIMIT = 3 * 2**30
+_GIB = 2**30
+_PART = 8
+"""Samples of a plain pass: about what a scorer takes at a time, and no slower per sample than a batch of 32."""
+CLASSES = 1000
+
+
+def data(batches: int, size: int) -> samples.Samples:
+    """Random pictures with random labels."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(batches):
+        pictures = torch.randn(size, 3, 224, 224, generator=generator)
+        labels = torch.randint(CLASSES, (size,), generator=generator)
+        found.append(samples.Batch(Example.of(pictures), labels))
+    return samples.Samples(tuple(found), "random pictures")
+
+
+def plain_seconds(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, needs: str) -> float:
+    """One eager pass over a batch in parts: forward for inputs, forward and backward for labels."""
+    started = time.process_time()
+    for part, targets in zip(inputs.split(_PART), labels.split(_PART), strict=True):  # type: ignore[no-untyped-call]
+        if needs == "labels":
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(part), targets).backward()  # type: ignore[no-untyped-call]
+        else:
+            with torch.no_grad():
+                model(part)
+    return time.process_time() - started
+
+
+def child(name: str, network: str, batches: int, size: int, threads: int) -> dict[str, float]:
+    """Processor seconds of plain passes and of scoring, and the process's largest resident memory while scoring."""
+    torch.set_num_threads(threads)
+    model = networks.torchvision_model(network).eval()
+    analysis = compiler.inspect(model, networks.image(network))
+    calibration, method = data(batches, size), scores.find(name)
+    plain = 0.0
+    if method.needs != "weights":
+        inputs: Any = calibration.batches[0].example.args[0]
+        labels: Any = calibration.batches[0].targets
+        plain_seconds(model, inputs[:_PART], labels[:_PART], method.needs)
+        plain = batches * min(plain_seconds(model, inputs, labels, method.needs) for _ in range(2))
+    model.zero_grad()
+    subject = scores.Subject(analysis.types, analysis.grouping, "l2", 0, samples=calibration)
+    peaks = Peaks()
+    peaks.enter("score")
+    started = time.process_time()
+    method.score(subject)
+    seconds = time.process_time() - started
+    return {"plain": plain, "seconds": seconds, "peak": float(_status("VmHWM"))}
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """The same in a fresh process."""
+    command = [sys.executable, "-m", "bench.scoring", "--child", name, "--model", options.model]
+    command += ["--batches", str(options.batches), "--size", str(options.size), "--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def render(found: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
+    """Draw the table."""
+    known, rows = scores.methods(), []
+    for name, own in found.items():
+        ratio = f"{own['seconds'] / own['plain']:.2f}" if own["plain"] else ""
+        plain = f"{own['plain']:.0f} s" if own["plain"] else ""
+        peak = f"{own['peak'] / _GIB:.2f} GiB"
+        under = "yes" if own["peak"] < LIMIT else "**no**"
+        rows.append([name, known[name].needs, plain, f"{own['seconds']:.1f} s", ratio, peak, under])
+    header = ("scorer", "needs", "plain passes", "scoring", "ratio", "peak of the process", "under 3 GiB")
+    legend = (
+        f"{options.model}, {options.batches} batches of {options.size} random pictures of 224 x 224, which are in "
+        "memory. Processor time, so that other programs count little. Plain passes: the model's own forward (inputs) "
+        "or forward and backward (labels) over the same "
+        f"pictures in parts of {_PART}, the faster of two runs of one batch times the number of batches. Peak: "
+        "resident memory of the whole process while scoring, with torch, the model twice and the data."
+    )
+    parts = [page.header(options.threads), legend, page.table(header, rows)]
+    page.write(options.out, "Time and memory of scorers", parts)
+
+
+def main() -> None:
+    """Measure every scorer."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--scorers", nargs="+", default=list(scores.methods()), metavar="NAME")
+    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=page.RESULTS / "scoring.md", metavar="FILE")
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.child, options.model, options.batches, options.size, options.threads)))
+        return
+    found = {}
+    for name in options.scorers:
+        found[name] = measure(name, options)
+        print(f"{name}: {found[name]['seconds']:.1f} s, {found[name]['peak'] / _GIB:.2f} GiB", flush=True)
+        render(found, options)  # after each, since all take an hour
+
+
+if __name__ == "__main__":
+    main()
