@@ -45,7 +45,8 @@ def measure(
         "samples": samples or None,
         "seed": seed,
     }
-    plain = slimc.compress(model, data.images[:2], scorer=scorer, **{**options, "recover": "none"})
+    same = "obs" if scorer == "auto" else scorer  # what auto is wherever something is recovered
+    plain = slimc.compress(model, data.images[:2], scorer=same, **{**options, "recover": "none"})
     cut = accuracy(plain.module.eval(), data)
     result = plain
     recovered = None

@@ -1,0 +1,307 @@
+"""Recovery without labels: rows of readers, regression, reconstruction, distillation, made-up samples."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimc
+from slimc import readers as reading
+from slimc import recover
+from slimc.errors import UsageError
+from slimc.graph.capture import Example, capture
+from slimc.graph.resize import Cut
+from slimc.recovery.reconstruct import reconstruct
+from slimc.regression import Moments, choose, ridge
+from slimc.rewrite import rewrite
+from slimc.samples import Batch, Samples, collect
+from slimc.scorers.obs import Part, eliminate
+from slimc.synthetic import dead_leaves, synthetic
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- rows of readers ----------------------------------------------------------------------------------
+
+LAYERS: dict[str, tuple[nn.Module, Tensor]] = {
+    "plain": (nn.Conv2d(3, 4, 3), noise(2, 3, 7, 6)),
+    "strided": (nn.Conv2d(3, 4, 3, stride=2, padding=1), noise(2, 3, 7, 6)),
+    "dilated": (nn.Conv2d(3, 4, (3, 2), dilation=(2, 1), padding=(2, 0)), noise(2, 3, 7, 6)),
+    "same": (nn.Conv2d(3, 4, 4, padding="same"), noise(2, 3, 7, 6)),
+    "grouped": (nn.Conv2d(6, 4, 3, groups=2, bias=False), noise(2, 6, 5, 5)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4, padding=1), noise(2, 4, 5, 5)),
+    "one axis": (nn.Conv1d(3, 4, 3, stride=2), noise(2, 3, 9)),
+    "three axes": (nn.Conv3d(2, 3, 2, padding=1), noise(2, 2, 4, 5, 3)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), noise(2, 4, 4, 5)),
+    "transposed, wide edge": (nn.ConvTranspose1d(3, 2, 2, padding=3, dilation=2), noise(2, 3, 9)),
+    "linear": (nn.Linear(5, 3), noise(2, 4, 5)),
+    "product": (type("P", (nn.Module,), {"forward": lambda self, x: x @ self.w})(), noise(3, 5)),
+}
+LAYERS["product"][0].w = nn.Parameter(noise(5, 2, seed=3))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_times_matrix_plus_bias_is_what_the_operator_computes(name: str) -> None:
+    layer, x = LAYERS[name]
+    module = capture(copy.deepcopy(layer), x).module
+    ((node, reader),) = reading.readers(module).items()
+    with torch.no_grad():
+        wanted = layer(x)
+    places = torch.arange(reader.places(wanted))
+    weight = module.get_parameter(reader.weight).detach()
+    rows = reader.rows(x, weight, wanted.shape[2:], places)
+    got = (rows @ reader.matrix(module).transpose(1, 2)).transpose(0, 1).flatten(1)
+    if reader.bias is not None:
+        got = got + module.get_parameter(reader.bias).detach()
+    torch.testing.assert_close(got, reader.results(wanted, places), rtol=1e-4, atol=1e-5)
+    assert node is reader.node
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_matrix_that_is_written_is_read_back(name: str) -> None:
+    layer, x = LAYERS[name]
+    module = capture(copy.deepcopy(layer), x).module
+    ((_, reader),) = reading.readers(module).items()
+    other = noise(*reader.matrix(module).shape, seed=9)
+    reader.write(module, other)
+    assert torch.equal(reader.matrix(module), other)
+
+
+def test_weights_that_something_else_uses_are_no_readers() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.two(self.one(self.one(x)))
+            return out
+
+    found = reading.readers(capture(Tied(), noise(2, 4)).module)
+    assert [reader.weight for reader in found.values()] == ["two.weight"]
+
+
+# -- regression ---------------------------------------------------------------------------------------
+
+
+def moments(x: Tensor, r: Tensor) -> Moments:
+    sums = Moments(1, x.shape[1], r.shape[1], x.device)
+    for part_x, part_r in zip(x.chunk(3), r.chunk(3), strict=True):
+        sums.add(part_x[None], part_r[None])
+    return sums
+
+
+def test_ridge_is_the_least_squares_solution_with_a_penalty_as_rows() -> None:
+    x, r = noise(40, 5).double() + 1, noise(40, 2, seed=1).double() * 3 - 2
+    fit = ridge(moments(x, r), 0.1, offset=True)
+    centred = x - x.mean(0)
+    penalty = 0.1 * centred.square().sum(0).mean()
+    stacked = torch.cat([centred, penalty.sqrt() * torch.eye(5).double()])
+    wanted = torch.linalg.lstsq(stacked, torch.cat([r - r.mean(0), torch.zeros(5, 2).double()])).solution
+    torch.testing.assert_close(fit.change[0], wanted)
+    torch.testing.assert_close(fit.offset[0], r.mean(0) - x.mean(0) @ wanted)
+    left = (r - x @ fit.change[0] - fit.offset[0]).square().sum(0)
+    torch.testing.assert_close(moments(x, r).error(fit)[0], left)
+
+
+def test_a_change_that_does_not_carry_over_is_not_made() -> None:
+    x, r = noise(12, 8).double(), noise(12, 1, seed=1).double()
+    others = moments(noise(400, 8, seed=2).double(), noise(400, 1, seed=3).double())
+    fit = choose(moments(x, r - r.mean(0)), others, torch.ones(1, 1).double(), offset=False)
+    assert not fit.change.any() or fit.ridge == 0.1
+    useful = x @ torch.ones(8, 1).double()
+    other = noise(400, 8, seed=2).double()
+    fit = choose(
+        moments(x, useful), moments(other, other.sum(1, keepdim=True)), torch.ones(1, 1).double(), offset=False
+    )
+    torch.testing.assert_close(fit.change[0], torch.ones(8, 1).double(), rtol=0.02, atol=0.02)
+
+
+# -- reconstruction -----------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut comes first, so that the branch answers for its error."""
+
+    def __init__(self, inputs: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.shortcut = nn.Conv2d(inputs, width, 1)
+        self.first, self.norm = nn.Conv2d(inputs, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.second, self.last = nn.Conv2d(12, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.second(torch.relu(self.norm(self.first(x)))))
+        out: Tensor = self.head(torch.relu(self.shortcut(x) + y).mean((2, 3)))
+        return out
+
+
+def seeded(make: Any, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model: nn.Module = make()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return model.eval()
+
+
+def task(model: nn.Module, x: Tensor, data: Tensor, flops: float = 0.5) -> recover.Task:
+    analysis = slimc.inspect(model, x)
+    plan = slimc.compress(model, x, flops=flops, round_to=1, scorer="random", recover="none").plan
+    cut = Cut(analysis.types, plan.alive(analysis.types))
+    rewritten = rewrite(analysis.types, cut)
+    found = collect(torch.split(data, 16), analysis.captured.example)
+    return recover.Task(analysis.captured.module, rewritten.module.eval(), rewritten.twins, analysis.types, cut, found)
+
+
+def test_reconstruction_brings_the_outputs_nearer_on_samples_that_it_did_not_see() -> None:
+    work = task(seeded(Block), noise(2, 3, 8, 8), noise(128, 3, 8, 8, seed=1))
+    judge = recover.Judge(work.original, collect([noise(64, 3, 8, 8, seed=2)], work.types.captured.example))
+    before = judge.distance(work.slim)
+    said = reconstruct(work)
+    assert judge.distance(work.slim) < 0.25 * before
+    assert "of 4 layers fitted" in said
+    assert "128 samples" in said
+
+
+def test_a_channel_that_another_repeats_is_made_up_for_exactly() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    with torch.no_grad():
+        model[0].weight[3] = 2 * model[0].weight[1]  # type: ignore[index, operator]
+    data = noise(48, 3, 9, 9, seed=1)
+    slim = slimc.compress(
+        model.eval(),
+        data[:2],
+        flops=0.8,
+        round_to=1,
+        scorer="obs",
+        recover="reconstruct",
+        data=list(torch.split(data, 16)),
+    )
+    assert set(slim.plan.kept["0.weight"][0]) in ({0, 1, 2}, {0, 2, 3})
+    other = noise(4, 3, 9, 9, seed=5)
+    with torch.no_grad():
+        torch.testing.assert_close(slim.module(other), model(other), rtol=1e-2, atol=1e-2)
+
+
+def test_the_original_and_the_samples_are_left_as_they_are() -> None:
+    model, data = seeded(Block), noise(64, 3, 8, 8, seed=1)
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    pictures = data.clone()
+    slimc.compress(
+        model, data[:2], flops=0.5, round_to=1, data=list(torch.split(data, 16)), recover="reconstruct,bn,distill"
+    )
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    assert torch.equal(data, pictures)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_step_that_moves_the_outputs_away_is_undone_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(work: recover.Task) -> str:
+        with torch.no_grad():
+            for parameter in work.slim.parameters():
+                parameter.mul_(3)
+        return "spoilt"
+
+    recover.steps()
+    monkeypatch.setitem(recover._STEPS, "spoil", recover.Step("spoil", "", "", spoil))
+    data = list(torch.split(noise(32, 3, 8, 8, seed=1), 16))
+    options: dict[str, Any] = {"flops": 0.5, "round_to": 1, "data": data, "scorer": "magnitude"}
+    plain = slimc.compress(seeded(Block), data[0], recover="none", **options)
+    slim = slimc.compress(seeded(Block), data[0], recover="spoil", **options)
+    assert slim.report.recovery is not None
+    (step,) = slim.report.recovery
+    assert not step.kept
+    assert step.before is not None
+    assert step.after is not None
+    assert step.after > step.before
+    wanted = plain.module.state_dict()
+    assert all(torch.equal(t, wanted[name]) for name, t in slim.module.state_dict().items())
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    data = list(torch.split(noise(64, 3, 8, 8, seed=1), 16))
+    one, two = (slimc.compress(seeded(Block), data[0], flops=0.5, round_to=1, data=data).module for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+# -- obs ----------------------------------------------------------------------------------------------
+
+
+def test_elimination_scores_are_what_refitting_leaves() -> None:
+    x, w = noise(300, 4).double(), noise(3, 4, seed=1).double()
+    x[:, 3] = x[:, 1] + 0.1 * x[:, 3]  # 1 and 3 can stand in for each other
+    second = x.T @ x / len(x)
+    scores = eliminate([Part(torch.linalg.inv(second), w.T @ w, 1)], 4)
+    order = np.argsort(scores, kind="stable")
+    y = x @ w.T
+    errors = []
+    for count in (1, 2):
+        left = np.sort(order[count:])
+        refitted = torch.linalg.lstsq(x[:, left], y).solution
+        errors.append(float((y - x[:, left] @ refitted).square().sum() / len(x)))
+    np.testing.assert_allclose(np.cumsum(np.sort(scores))[:2], errors, rtol=1e-6)
+    assert order[0] in (1, 3)
+
+
+# -- samples that are made up -------------------------------------------------------------------------
+
+
+def test_dead_leaves_have_mean_0_and_deviation_1_and_edges_and_flat_parts() -> None:
+    pictures = dead_leaves(16, (3, 32, 32), np.random.default_rng(0))
+    assert pictures.shape == (16, 3, 32, 32)
+    torch.testing.assert_close(pictures.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(pictures.std(), torch.tensor(1.0), atol=1e-2, rtol=0)
+    steps = pictures.diff(dim=3).abs()
+    assert steps.max() > 10 * steps.median()
+
+
+def test_pictures_are_fitted_to_the_statistics_of_batch_norms() -> None:
+    model = seeded(Block)
+    model.get_buffer("norm.running_mean").fill_(2.0)
+    captured = capture(copy.deepcopy(model), noise(2, 3, 8, 8))
+    found = synthetic(captured, 64, macs=1e4)
+    assert found is not None
+    assert found.source.endswith("batch norms")
+    plain = dead_leaves(64, (3, 8, 8), np.random.default_rng(0))
+    with torch.no_grad():
+        means = [model.get_submodule("first")(x).mean() for x in (plain, found.batches[0].example.args[0])]
+    assert abs(means[1] - 2) < abs(means[0] - 2)
+
+
+def test_tokens_are_drawn_from_the_table_that_looks_them_up() -> None:
+    model = nn.Sequential(nn.Embedding(50, 6), nn.Flatten(), nn.Linear(24, 3)).eval()
+    found = synthetic(capture(model, torch.randint(0, 2, (2, 4))), 40, macs=1e3)
+    assert found is not None
+    tokens = torch.cat([batch.example.args[0] for batch in found.batches])
+    assert tokens.shape == (40, 4)
+    assert 20 < int(tokens.max()) < 50
+    assert int(tokens.min()) >= 0
+
+
+def test_nothing_is_made_up_for_other_inputs() -> None:
+    model = nn.Sequential(nn.Linear(6, 3)).eval()
+    assert synthetic(capture(model, noise(2, 6)), 8, macs=1e3) is None
+
+
+# -- samples ------------------------------------------------------------------------------------------
+
+
+def test_a_split_sets_aside_a_share_of_every_batch_or_whole_batches() -> None:
+    batches = tuple(Batch(Example((noise(10, 2, seed=i),), {})) for i in range(5))
+    fit, judged = Samples(batches, "here").split(0.2)
+    assert [b.count for b in fit.batches] == [8] * 5
+    assert [b.count for b in judged.batches] == [2] * 5
+    fit, judged = Samples(batches, "here", whole=True).split(0.2)
+    assert [b.count for b in (*fit.batches, *judged.batches)] == [10] * 5
+    assert len(judged.batches) == 1
+    with pytest.raises(UsageError, match="gave 1 batch"):
+        Samples(batches[:1], "here", whole=True).split(0.2)
