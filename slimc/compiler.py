@@ -32,7 +32,7 @@ from .report import (
 )
 from .result import Compressed, evaluating
 from .rewrite import rewrite, shapes_agree
-from .samples import Samples, affordable, collect
+from .samples import Samples, affordable, collect, made_up
 from .synthetic import synthetic
 from .trainable import trainable
 from .verify import Proof, random_inputs, verify
@@ -141,6 +141,10 @@ def compress(
     if whole_groups:
         names = ", ".join(analysis.groups[number].name for number in whole_groups)
         warnings.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
+    if wanted and not calibration:
+        warnings.append(
+            "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs"
+        )
     slim = _build(analysis, cut, facts, results, chosen, stages, warnings, name)
     if steps and calibration:
         slim.fit(steps, calibration)
@@ -299,8 +303,11 @@ def gather(
         fixed = captured.batch if captured.dynamic_shapes is None else None
         with stages.stage("data"):
             return collect(data, captured.example, limit or affordable(analysis.full.macs), fixed)
+    count = limit or made_up(analysis.full.macs)
+    if not count:
+        return None
     with stages.stage("synthesise"):
-        return synthetic(captured, limit or affordable(analysis.full.macs) // 2, analysis.full.macs, seed)
+        return synthetic(captured, count, analysis.full.macs, seed)
 
 
 def _cut(analysis: Analysis, choice: planner.Choice) -> Cut:
