@@ -50,7 +50,7 @@ def cases(sources: list[str]) -> list[str]:
     """Names of all cases of some sources: torchvision, timm, hf, smp, yolo."""
     found: list[str] = []
     for source in sources:
-        found.extend(f"{source}:{name}" for name in _SOURCES[source]())
+        found.extend(f"{source}:{name}" for name in SOURCES[source]())
     return found
 
 
@@ -229,7 +229,7 @@ def safe_name(case: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", case)
 
 
-_SOURCES: dict[str, Callable[[], list[str]]] = {
+SOURCES: dict[str, Callable[[], list[str]]] = {
     "torchvision": _torchvision_names, "timm": _timm_names, "hf": _hf_names, "smp": _smp_names, "yolo": lambda: ["v8n"],
 }  # fmt: skip
 _BUILDERS: dict[str, Callable[[str], tuple[nn.Module, Any]]] = {

@@ -151,7 +151,9 @@ def _describe(row: dict[str, Any], slim: Any, model: Any) -> None:
     row["params"] = graph.params
     row["prunable"] = sum(sizes[n].numel() for n in names if n in sizes) / max(1, graph.params)
     left = sorted((n for n in sizes if n not in names), key=lambda n: -sizes[n].numel())
-    row["whole"] = [f"{name} {tuple(sizes[name].shape)} stays whole" for name in left[:3] if sizes[name].dim() > 1]
+    row["whole"] = [
+        f"{n} {tuple(sizes[n].shape)} stays: {_why(graph.types, n)}" for n in left[:3] if sizes[n].dim() > 1
+    ]
     row["frozen"] = sorted({f"{cause.op}: {cause.reason}" for cause in graph.frozen})
     row["dynamic_batch"] = graph.captured.dynamic_shapes is not None
     row["got"] = report.targets["flops"].got
@@ -159,6 +161,15 @@ def _describe(row: dict[str, Any], slim: Any, model: Any) -> None:
     row["eager"] = slim.plan.attributes is not None
     row["eager_note"] = slim.plan.attributes_note
     row["stages"] = {k: round(v, 3) for k, v in report.seconds.items() if v is not None}
+
+
+def _why(types: Any, name: str) -> str:
+    """What froze the axes of a tensor."""
+    axes = types.tensors.get(name, ())
+    terms = [int(axis[axis > 0][0]) for axis in axes if (axis > 0).any()]
+    frozen = [term for term in terms if types.solution.row_of[term] == 0]
+    reasons = sorted({types.store.cause(term).reason for term in frozen})
+    return ", ".join(reasons) or ("its axes do not count channels" if axes else "it is not used at inference")
 
 
 def render() -> None:
@@ -196,7 +207,7 @@ def render() -> None:
         [
             page.header().replace(" --render", ""),
             note,
-            page.table(["source", "models", "hold"], _by_source(found)),
+            page.table(["source", "models", "run", "hold"], _by_source(found)),
             "Shortfalls:",
             "\n".join(f"- {text}" for row in found for text in _shortfalls(row)) or "none",
             page.table(columns, [_cells(row) for row in found]),
@@ -205,16 +216,21 @@ def render() -> None:
 
 
 def _by_source(found: list[dict[str, Any]]) -> list[list[str]]:
-    sources: dict[str, list[bool]] = {}
-    for row in found:
-        sources.setdefault(row["case"].partition(":")[0], []).append("error" not in row)
-    return [[source, str(len(held)), str(sum(held))] for source, held in sources.items()]
+    from bench.cases import SOURCES, cases
+
+    counts = []
+    for source in SOURCES:
+        rows_here = [row for row in found if row["case"].startswith(f"{source}:")]
+        held = sum("error" not in row for row in rows_here)
+        counts.append([source, str(len(cases([source]))), str(len(rows_here)), str(held)])
+    return counts
 
 
 def _shortfalls(row: dict[str, Any]) -> Iterator[str]:
     """What of the promises does not hold for one model, with its cause."""
     if row.get("error"):
-        yield f"{row['case']}: {row['error'].replace('|', '/')[:240]}"
+        cause = f" Cause: {row['cause']}." if row.get("cause") else ""
+        yield f"{row['case']}: {row['error'].replace('|', '/')[:240]}{cause}"
         return
     if row.get("cpu_seconds", 0) > PROMISED_SECONDS:
         slowest = sorted(row["stages"].items(), key=lambda stage: -stage[1])[:2]

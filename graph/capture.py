@@ -8,6 +8,7 @@ is captured with the example's shapes and `Captured.batch_note` says why.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -107,9 +108,18 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
 
 
 def program_of(module: GraphModule, captured: Captured) -> torch.export.ExportedProgram:
-    """An exported program of a graph with the inputs (and the open batch) of `captured`."""
+    """An exported program of a graph with the inputs of `captured`, its batch open where torch.export keeps it so.
+
+    A rewritten graph computes some sizes (five of twelve heads, times the batch) in ways that torch.export cannot
+    always prove for every batch; then the program has the example's.
+    """
+    example, spec = captured.example, captured.dynamic_shapes
     with torch.no_grad():
-        return _export(module, captured.example, captured.dynamic_shapes)
+        if spec is not None:
+            for shapes in (spec, _batch_spec(example, torch.export.Dim.AUTO)):
+                with contextlib.suppress(Exception):  # every kind: guards, constraints, its own assertions
+                    return _export(module, example, shapes)
+        return _export(module, example, None)
 
 
 def _export(model: nn.Module, example: Example, spec: Any | None) -> torch.export.ExportedProgram:
