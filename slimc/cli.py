@@ -55,7 +55,7 @@ def compress(
     size: Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")] = None,
     memory: Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")] = None,
     scorer: Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")] = "auto",
-    norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude")] = "l2",
+    norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude; l1 chooses it")] = "l2",
     normalise: Annotated[
         str, typer.Option(help="how groups are made comparable: mean, max, l2, cost, none; auto: what suits the scorer")
     ] = "auto",

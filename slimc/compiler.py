@@ -84,6 +84,8 @@ def compress(
     if not targets:
         raise UsageError("no target: give at least one of flops, params, size, memory")
     alignment, wanted = alignment_of(round_to), recover_steps(recover)
+    if scorer == "auto" and norm != "l2":
+        scorer = "magnitude"  # the only one that takes a norm
     if scorer != "auto":
         scores.check(scores.find(scorer), normalise, data is not None)
     stages = Stages(progress)

@@ -21,7 +21,7 @@ _TARGETS = ("labels", "label", "targets", "target")
 
 
 def made_up(macs: float) -> int:
-    """How many samples are made up by default: 256, fewer where one takes long, none where eight would take too long."""
+    """How many samples are made up by default: 256, fewer where one takes long, none where eight take too long."""
     count = int(min(LIMIT // 2, _MADE_UP_MACS / max(macs, 1.0)))
     return count if count >= _FEWEST_MADE_UP else 0
 
