@@ -15,7 +15,7 @@ from .graph.capture import Example
 LIMIT = 512
 _AFFORDABLE_MACS = 5e11
 _FEWEST = 32
-_MADE_UP_MACS = 2.5e11
+_MADE_UP_MACS = 1.5e11
 _FEWEST_MADE_UP = 8
 _TARGETS = ("labels", "label", "targets", "target")
 
