@@ -55,9 +55,10 @@ def vit() -> nn.Module:
     """A small vision transformer of timm: 7x7 tokens of 4x4 pixels, 6 blocks of width 96 with 4 heads."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
+    model: nn.Module = VisionTransformer(
         img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=96, depth=6, num_heads=4, mlp_ratio=3
     )
+    return model
 
 
 NETWORKS = {"resnet20": resnet20, "vgg11_bn": vgg11_bn, "vit": vit}
