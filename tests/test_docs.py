@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import slimc
+from slimc import scores
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -62,3 +63,11 @@ def test_the_worked_example_of_a_new_operator_is_proven_and_its_absence_is_named
     assert sorted(group.width for group in slim.report.groups) == [6, 16]
     # MACs: 8 x 16 + 2 x 16 x 6 + 16 x 3 = 368
     assert slim.report.macs.before == 368
+
+
+def test_the_page_of_scorers_names_each_with_its_need_and_source() -> None:
+    page = (DOCS / "scorers.md").read_text()
+    for name, method in scores.methods().items():
+        row = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), None)
+        assert row is not None, f"docs/scorers.md lacks {name}"
+        assert f"| {method.needs} | {method.normalisation} | {method.source} |" in row
