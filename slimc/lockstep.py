@@ -46,9 +46,16 @@ class Frontier:
                 values[node] = found
             else:
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                assert callable(node.target)
-                values[node] = node.target(*args, **kwargs)
+                values[node] = self._call(node, args, kwargs)
         self._placeholders += node.op == "placeholder"
+
+    def _call(self, node: Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_module":
+            return self.module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
 
     def forget(self, node: Node) -> None:
         """Drop what nothing needs any more once this node has run."""
