@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .errors import SlimcError as SlimcError
     from .plan import Plan as Plan
     from .report import Report as Report
+    from .training.api import schedule as schedule
+    from .training.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,8 @@ _PUBLIC = {
     "inspect": "slimc.compiler",
     "apply": "slimc.compiler",
     "load": "slimc.compiler",
+    "schedule": "slimc.training.api",
+    "Recipe": "slimc.training.recipe",
     "Compressed": "slimc.compiler",
     "Plan": "slimc.plan",
     "Report": "slimc.report",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .console import Console
-from .errors import SlimcError, UsageError
+from .errors import Interrupted, SlimcError, UsageError
 
 if TYPE_CHECKING:
     from .graph.capture import Example
@@ -42,6 +42,13 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder (de
 Recover = Annotated[str, typer.Option(help="auto (all that the samples allow, kept where it helps), none (the plain cut), or a list; see `slimc methods`")]  # fmt: skip  # noqa: E501
 Data = Annotated[str | None, typer.Option(help="samples to score and recover on: fashion-mnist:DIR, imagefolder:DIR, npz:FILE or package.module:function; made up if not given")]  # fmt: skip  # noqa: E501
 SamplesOption = Annotated[int | None, typer.Option("--samples", min=2, help="how many samples to use at most (default: up to 512, fewer for large models)")]  # fmt: skip  # noqa: E501
+Schedule = Annotated[str, typer.Option(help="how it is cut and trained; see `slimc methods`")]
+Epochs = Annotated[float | None, typer.Option(min=0.0, help="train with labels: passes over --data in all, fine-tuning included")]  # fmt: skip  # noqa: E501
+BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a training batch (default 128)")]
+Rate = Annotated[float | None, typer.Option(help="peak learning rate (default: 0.05, 0.0005 for transformers)")]
+Distil = Annotated[float, typer.Option(help="share of the training loss that draws to the original's outputs, 0 to 1")]
+Setting = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the schedule")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted training run (OUT-run)")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 
 
@@ -55,6 +62,13 @@ def compress(
     size: Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")] = None,
     memory: Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")] = None,
     scorer: Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")] = "auto",
+    schedule: Schedule = "one-shot",
+    epochs: Epochs = None,
+    rate: Rate = None,
+    batch_size: BatchSize = None,
+    distil: Distil = 0.0,
+    settings: Setting = None,
+    resume: Resume = False,
     norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude; l1 chooses it")] = "l2",
     normalise: Annotated[
         str, typer.Option(help="how groups are made comparable: mean, max, l2, cost, none; auto: what suits the scorer")
@@ -95,8 +109,18 @@ def compress(
             scores.check(scores.find(scorer), normalise, data is not None)
         compiler.alignment_of(round_to)
         compiler.recover_steps(recover)
+        training = _training_options(schedule, epochs, rate, batch_size, distil, settings, resume, data)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
+        if training is not None and data is not None:
+            slim = training.run(
+                loaded.model, example, data=data, folder=Path(f"{folder}-run"), **targets, scorer=scorer,
+                recover=recover, ignore=ignore or (), round_to=round_to, seed=seed, model_name=model,
+                progress=console.progress,
+            )  # fmt: skip
+            if slim is not None:
+                _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
+            return
         batches = open_data(data, example) if data else None
         slim = compiler.compress(
             loaded.model,
@@ -290,6 +314,32 @@ def _open(
     return loaded, example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch)
 
 
+def _training_options(
+    schedule: str,
+    epochs: float | None,
+    rate: float | None,
+    batch_size: int | None,
+    distil: float,
+    settings: list[str] | None,
+    resume: bool,
+    data: str | None,
+) -> Any:
+    """What the options say of training, checked before anything slow; None where nothing is trained."""
+    if schedule == "one-shot" and epochs is None:
+        given = {"--rate": rate, "--batch-size": batch_size, "--set": settings, "--resume": resume, "--distil": distil}
+        for name, value in given.items():
+            if value:
+                raise UsageError(f"{name} is for training: give --epochs too")
+        return None
+    if epochs is None:
+        raise UsageError(f"--schedule {schedule} trains: give --epochs, how often it may see the data")
+    if data is None:
+        raise UsageError("--epochs trains with labels: give --data")
+    from .training.command import Training
+
+    return Training(schedule, epochs, rate, batch_size, distil, settings or [], resume)
+
+
 def _threads(threads: int | None) -> None:
     if threads is not None:
         import torch
@@ -306,6 +356,9 @@ def _finish(
         print(json.dumps(slim.report.to_dict(), indent=2))
     else:
         console.report(slim.report, folder)
+
+
+_INTERRUPTED = "interrupted; nothing was written. Run the same command again to start over."
 
 
 def main() -> NoReturn:
@@ -333,7 +386,8 @@ def _guarded(command: Callable[[], Any]) -> int:
         # Typer makes an exit with this code of an interrupt.
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
         if code == 130:
-            print("slimc: interrupted; nothing was written. Run the same command again to start over.", file=sys.stderr)
+            kept = str(end) if isinstance(end, Interrupted) else _INTERRUPTED
+            print(f"slimc: {kept}", file=sys.stderr)
         return code
     except MemoryError:
         print("slimc: out of memory. Give a smaller example with --input, or run on a larger machine.", file=sys.stderr)

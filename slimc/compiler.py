@@ -15,6 +15,7 @@ from torch import nn
 from . import __version__, budget, eager, planner, scores
 from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
+from .budget import Target
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
 from .graph.cost import Costs
@@ -54,11 +55,14 @@ def compress(
     size: str | float | None = None,
     memory: str | float | None = None,
     scorer: str = "auto",
+    schedule: str = "one-shot",
+    epochs: float | None = None,
     norm: str = "l2",
     normalise: str = "auto",
     recover: str | Sequence[str] = "auto",
     data: Iterable[Any] | None = None,
     samples: int | None = None,
+    val: Iterable[Any] | None = None,
     loss: scores.Loss | None = None,
     ignore: Sequence[str] = (),
     round_to: int | str = "auto",
@@ -75,14 +79,23 @@ def compress(
     way where the budget needs it. data: batches to score and recover on, labels only where the scorer needs them, up
     to `samples` of them; without it pictures or tokens are made up. scorer: "auto" is `obs` where there are samples,
     else `magnitude`. recover: "auto" (all that the samples allow), "none" or a list. loss: takes outputs
-    and targets, gives a mean over samples; cross entropy if not given. normalise: how groups are made comparable
-    ("mean", "max", "l2", "cost", "none"; "auto" is what suits the scorer).
+    and targets, gives a mean over samples; cross entropy if not given. schedule, epochs, val: train while cutting, on
+    `data` with labels; see `slimc.schedule`, which also takes the methods' settings. normalise: how groups are made
+    comparable ("mean", "max", "l2", "cost", "none"; "auto" is what suits the scorer).
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
-    given = {"flops": flops, "params": params, "size": size, "memory": memory}
-    targets = [budget.parse(metric, value) for metric, value in given.items() if value is not None]
-    if not targets:
-        raise UsageError("no target: give at least one of flops, params, size, memory")
+    if schedule != "one-shot" or epochs is not None:
+        from .training.api import schedule as start
+
+        if epochs is None:
+            raise UsageError(f"--schedule {schedule} trains: give --epochs, how often it may see the data")
+        trained: Compressed = start(
+            schedule, model, example_inputs, flops=flops, params=params, size=size, memory=memory, epochs=epochs,
+            data=data, val=val, loss=loss, scorer=scorer, recover=recover, ignore=ignore, round_to=round_to, seed=seed,
+            device=device, model_name=name, progress=progress,
+        ).result  # fmt: skip
+        return trained
+    targets = targets_of(flops=flops, params=params, size=size, memory=memory)
     alignment, wanted = alignment_of(round_to), recover_steps(recover)
     if scorer == "auto" and norm != "l2":
         scorer = "magnitude"  # the only one that takes a norm
@@ -90,14 +103,7 @@ def compress(
         scores.check(scores.find(scorer), normalise, data is not None)
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
-    before = analysis.full
-    limits = {}
-    for target in targets:
-        whole = getattr(before, planner.METRIC[target.metric])
-        if not whole:
-            raise UsageError(f"--{target.metric} {target.text}: the model has no {budget.METRICS[target.metric]}")
-        limits[target.metric] = target.limit(whole)
-        stages.target(budget.describe(target, whole))
+    limits = limits_of(targets, analysis, stages)
     needed = bool(wanted) or (scorer != "auto" and scores.find(scorer).needs != "weights")
     calibration = gather(analysis, data, samples, seed, stages) if needed else None
     steps = _possible(wanted, calibration)
@@ -109,9 +115,9 @@ def compress(
     with stages.stage("score"):
         subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
         found = method.score(subject)
-        how = method.normalisation if normalise == "auto" else normalise
-        ranked = scores.normalise(found, how)
-        if how == "cost":
+        footing = method.normalisation if normalise == "auto" else normalise
+        ranked = scores.normalise(found, footing)
+        if footing == "cost":
             ranked = planner.per_cost(ranked, analysis, limits)
         whole_groups = scores.unscored(found)
     with stages.stage("plan"):
@@ -120,23 +126,9 @@ def compress(
             round_to=alignment, may_relax=round_to == "auto", ignored=[*analysis.matching(ignore), *whole_groups],
         )  # fmt: skip
         cut = _cut(analysis, choice)
-    facts = {
-        "targets": {t.metric: {"text": t.text, "limit": limits[t.metric]} for t in targets},
-        "method": {
-            "scorer": method.name,
-            "norm": norm,
-            "schedule": "one-shot",
-            "round_to": choice.round_to,
-            "seed": seed,
-        },
-        "versions": _versions(),
-        "source_sha256": weights_sha256(model),
-    }
-    results = {
-        metric: TargetResult(limit / full, left / full, full, left)
-        for metric, limit in limits.items()
-        for full, left in [(getattr(before, planner.METRIC[metric]), getattr(choice.costs, planner.METRIC[metric]))]
-    }
+    how = {"scorer": method.name, "norm": norm, "schedule": "one-shot", "round_to": choice.round_to, "seed": seed}
+    facts = facts_of(model, targets, limits, how)
+    results = results_of(limits, analysis.full, choice.costs)
     chosen = Method(method.name, "one-shot", choice.round_to, seed)
     warnings = [f"widths are multiples of {choice.round_to} only: the budget leaves no room for {alignment}"]
     warnings = warnings if choice.round_to < alignment else []
@@ -147,7 +139,7 @@ def compress(
         warnings.append(
             "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs"
         )
-    slim = _build(analysis, cut, facts, results, chosen, stages, warnings, name)
+    slim = build(analysis, cut, facts, results, chosen, stages, warnings, name)
     if steps and calibration:
         slim.fit(steps, calibration)
     return slim
@@ -182,7 +174,7 @@ def apply(
     facts = {
         "targets": plan.targets, "method": method, "versions": _versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip
-    slim = _build(analysis, cut, facts, {}, chosen, stages, [], name)
+    slim = build(analysis, cut, facts, {}, chosen, stages, [], name)
     seed = numbers[1]
     calibration = gather(analysis, data, samples, seed, stages) if wanted else None
     if calibration and (steps := _possible(wanted, calibration)):
@@ -236,7 +228,48 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
 # -- stages -------------------------------------------------------------------------------------------
 
 
-def _build(
+def targets_of(**given: str | float | None) -> list[Target]:
+    """The targets that are given; UsageError if there is none."""
+    targets = [budget.parse(metric, value) for metric, value in given.items() if value is not None]
+    if not targets:
+        raise UsageError(f"no target: give at least one of {', '.join(given)}")
+    return targets
+
+
+def limits_of(targets: Sequence[Target], analysis: Analysis, stages: Stages) -> dict[str, float]:
+    """What each target's metric may come to for this model; each is told to whoever listens."""
+    limits = {}
+    for target in targets:
+        whole = getattr(analysis.full, planner.METRIC[target.metric])
+        if not whole:
+            raise UsageError(f"--{target.metric} {target.text}: the model has no {budget.METRICS[target.metric]}")
+        limits[target.metric] = target.limit(whole)
+        stages.target(budget.describe(target, whole))
+    return limits
+
+
+def facts_of(
+    model: nn.Module, targets: Sequence[Target], limits: Mapping[str, float], method: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a plan says of where it came from."""
+    return {
+        "targets": {t.metric: {"text": t.text, "limit": limits[t.metric]} for t in targets},
+        "method": dict(method),
+        "versions": _versions(),
+        "source_sha256": weights_sha256(model),
+    }
+
+
+def results_of(limits: Mapping[str, float], before: Costs, after: Costs) -> dict[str, TargetResult]:
+    """What each target asked and got."""
+    found = {}
+    for metric, limit in limits.items():
+        full, left = (getattr(costs, planner.METRIC[metric]) for costs in (before, after))
+        found[metric] = TargetResult(limit / full, left / full, full, left)
+    return found
+
+
+def build(
     analysis: Analysis,
     cut: Cut,
     facts: Mapping[str, Any],
@@ -304,12 +337,12 @@ def gather(
     if data is not None:
         fixed = captured.batch if captured.dynamic_shapes is None else None
         with stages.stage("data"):
-            return collect(data, captured.example, limit or affordable(analysis.full.macs), fixed)
-    count = limit or made_up(analysis.full.macs)
+            return collect(data, captured.example, limit or affordable(analysis.work), fixed)
+    count = limit or made_up(analysis.work)
     if not count:
         return None
     with stages.stage("synthesise"):
-        return synthetic(captured, count, analysis.full.macs, seed)
+        return synthetic(captured, count, analysis.work, seed)
 
 
 def _cut(analysis: Analysis, choice: planner.Choice) -> Cut:

@@ -22,6 +22,7 @@ STAGES = {
     "input": "preparing the example input",
     "data": "reading the data",
     "train": "training",
+    "cut": "training",
     "capture": "capturing the graph",
     "infer": "inferring channels",
     "score": "scoring channels",
@@ -35,6 +36,8 @@ STAGES = {
     "latency": "measuring latency, original and slim in turn",
 }
 
+_TRAINING = {"train", "cut"}
+
 
 class Console:
     """Progress and results for a terminal, a file or a pipe."""
@@ -46,6 +49,7 @@ class Console:
         self._bar: Progress | None = None
         self._stage: tuple[str, float] | None = None
         self._detail = ""
+        self._pace: tuple[float, float] | None = None
 
     def __enter__(self) -> Console:
         return self
@@ -58,7 +62,7 @@ class Console:
 
     def progress(self, kind: str, text: str) -> None:
         """What a run tells: ("stage", name), ("target", sentence), ("note", sentence), ("detail", what it does now),
-        ("tick", "3/10")."""
+        ("tick", "3/10"), ("live", "0.25 how training goes"), ("phase", what a phase of training came to)."""
         if self.quiet:
             return
         if kind == "target" and not self.as_json:
@@ -71,8 +75,22 @@ class Console:
             parts = [self._detail, text if kind == "tick" else ""]
             told = " ".join(escape(part) for part in parts if part)
             self._bar.update(self._bar.task_ids[0], description=f"{stage}: {told}")
-        elif kind == "note":
+        elif kind == "live" and self._bar is not None and self._stage is not None:
+            share, _, told = text.partition(" ")
+            self._bar.update(self._bar.task_ids[0], description=f"{escape(told)}, {self._time_left(float(share))}")
+        elif kind in ("note", "phase"):
             self._err.print(escape(text), soft_wrap=True)
+
+    def _time_left(self, share: float) -> str:
+        """What is left of the training at the pace since it was first heard of; "" before that says anything."""
+        now = time.perf_counter()
+        if self._pace is None:
+            self._pace = (share, now)
+        begun, start = self._pace
+        if share - begun < 0.01:
+            return f"{100 * share:.0f}% trained"
+        left = (1 - share) * (now - start) / (share - begun)
+        return f"{100 * share:.0f}% trained, {_clock(left)} left"
 
     def _print_out(self, text: str) -> None:
         """A line on stdout, above the bar where both share a terminal."""
@@ -80,6 +98,9 @@ class Console:
         console.print(escape(text), soft_wrap=True)
 
     def _begin_stage(self, name: str) -> None:
+        # A schedule trains and cuts in turn: one stage to look at.
+        if self._stage is not None and {name, self._stage[0]} <= _TRAINING:
+            return
         self._end_stage()
         self._stage = (name, time.perf_counter())
         self._detail = ""
@@ -224,6 +245,12 @@ class Console:
         self._out.print(table)
 
 
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def _table(*columns: str, right: Sequence[int] = ()) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for number, column in enumerate(columns):
@@ -268,7 +295,8 @@ def _accuracy_table(report: Report) -> Table:
     accuracy = report.accuracy
     assert accuracy is not None
     table = _table(accuracy.metric, "before", "right after the cut", "at the end", right=(1, 2, 3))
-    table.add_row("accuracy", *(f"{100 * value:.2f}%" for value in (accuracy.before, accuracy.pruned, accuracy.after)))
+    values = (accuracy.before, accuracy.pruned, accuracy.after)
+    table.add_row(f"accuracy ({accuracy.data})", *("–" if v is None else f"{100 * v:.2f}%" for v in values))
     return table
 
 

@@ -53,6 +53,14 @@ def _npz(path: Path, batch_size: int) -> list[tuple[Tensor, ...]]:
 
 
 def _function(module: str, name: str) -> Iterable[Any]:
+    batches = function_of(module, name)
+    if not isinstance(batches, Iterable):
+        raise UsageError(f"--data {module}:{name} returned {type(batches).__name__}; wanted an iterable of batches")
+    return batches
+
+
+def function_of(module: str, name: str) -> Any:
+    """What a function of the user's gives; UsageError where it cannot be imported or fails."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -60,9 +68,6 @@ def _function(module: str, name: str) -> Iterable[Any]:
     except (ImportError, AttributeError) as error:
         raise UsageError(f"--data {module}:{name} cannot be imported: {error}") from error
     try:
-        batches = found()
+        return found()
     except Exception as error:
         raise UsageError(f"--data {module}:{name} failed with {type(error).__name__}: {error}") from error
-    if not isinstance(batches, Iterable):
-        raise UsageError(f"--data {module}:{name} returned {type(batches).__name__}; wanted an iterable of batches")
-    return batches

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimc.errors import UsageError
-from slimc.report import Accuracy
-from slimc.training import Epoch, Progress, evaluate, finetune, seeded, train
+from slimc.training.loop import Epoch, fit
+from slimc.training.recipe import Recipe
+from slimc.training.stream import kept_random_state, seed_all
 
 if TYPE_CHECKING:
     from slimc.result import Compressed
@@ -109,13 +110,24 @@ def batches(data: TensorDataset, *, shuffle: bool = False, batch_size: int = 64)
 
 
 def trained_digits_net(
-    data: Digits, *, epochs: int = TRAIN_EPOCHS, seed: int = 0, progress: Progress | None = None
+    data: Digits, *, epochs: int = TRAIN_EPOCHS, seed: int = 0, progress: Callable[[Epoch], None] | None = None
 ) -> DigitsNet:
     """A `DigitsNet` trained on the training part; the same seed gives the same network on the same machine."""
-    with seeded(seed, torch.device("cpu")):
+    with kept_random_state():
+        seed_all(seed, 0)
         model = DigitsNet()
     loader, validation = batches(data.train, shuffle=True), batches(data.validation, batch_size=256)
-    train(model, loader, epochs=epochs, learning_rate=0.1, validation=validation, seed=seed, progress=progress)
+    recipe = Recipe(rate=0.1, precision="float32")
+    fit(
+        model,
+        loader,
+        next(iter(validation))[0][:2],
+        epochs=epochs,
+        recipe=recipe,
+        val=validation,
+        seed=seed,
+        progress=progress,
+    )
     return model.eval()
 
 
@@ -127,11 +139,11 @@ def run(
     threads: int | None = None,
     progress: Callable[[str, str], None] | None = None,
 ) -> Compressed:
-    """The whole pipeline on the digits: train, compress, re-estimate, fine-tune, prove, export, measure, report.
+    """The whole pipeline on the digits: train, cut, fine-tune, prove, export, measure, report.
 
     Accuracy in the report is that on the test part, which nothing else looks at.
     """
-    from slimc.compiler import compress
+    from slimc.training.api import schedule
 
     tell = progress or (lambda _kind, _text: None)
 
@@ -140,19 +152,20 @@ def run(
 
     tell("stage", "data")
     data = digits(seed)
-    test, calibration = batches(data.test, batch_size=256), batches(data.train, batch_size=256)
+    test, validation = (batches(part, batch_size=256) for part in (data.test, data.validation))
     tell("stage", "train")
     model = trained_digits_net(data, seed=seed, progress=epoch)
     example = next(iter(test))[0][:2]
-    slim = compress(model, example, flops=flops, recover="none", seed=seed, name="digits", progress=progress)
-    before, pruned = evaluate(model, test), evaluate(slim.module, test)
-    slim.recover("bn", calibration)
-    with slim.stages.stage("finetune"):
-        finetune(
-            slim.module, batches(data.train, shuffle=True), epochs=FINETUNE_EPOCHS,
-            validation=batches(data.validation, batch_size=256), seed=seed, progress=epoch,
-        )  # fmt: skip
-    slim.note_recovery("finetune", f"fine-tuned for {FINETUNE_EPOCHS} epochs on {len(data.train)} labelled images")
-    slim.report = replace(slim.report, accuracy=Accuracy("top1", before, pruned, evaluate(slim.module, test)))
+    training = schedule(
+        "one-shot", model, example, flops=flops, epochs=FINETUNE_EPOCHS, data=batches(data.train, shuffle=True),
+        val=validation, test=test, scorer="magnitude", recover="none", recipe=Recipe(rate=0.02), seed=seed,
+        model_name="digits", progress=progress,
+    )  # fmt: skip
+    pruned = None
+    for phase in training:  # the one phase, fine-tuning, not trained yet
+        pruned = training.accuracy_on(phase.module, test)
+    slim: Compressed = training.result
+    assert slim.report.accuracy is not None
+    slim.report = replace(slim.report, accuracy=replace(slim.report.accuracy, pruned=pruned))
     slim.save(out, overwrite=True, latency=True, threads=threads)
     return slim

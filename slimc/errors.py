@@ -61,6 +61,10 @@ class ParityError(SlimcError):
     exit_code = 4
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped on the user's wish after a whole step; the message says how to go on."""
+
+
 class InternalError(SlimcError):
     """slimc broke one of its own rules."""
 

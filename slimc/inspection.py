@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from . import recover, scores
 from .analysis import Analysis
 from .graph.infer import attribute
+from .training.schedule import schedules
 
 
 def summary(analysis: Analysis, name: str) -> dict[str, Any]:
@@ -71,14 +72,9 @@ def methods() -> list[dict[str, str]]:
         }
         for method in scores.methods().values()
     ]
-    found.append(
-        {
-            "kind": "schedule",
-            "name": "one-shot",
-            "summary": "score once, cut once",
-            "source": "Li et al., ICLR 2017",
-            "needs": "weights",
-        }
+    found.extend(
+        {"kind": "schedule", "name": own.name, "summary": own.summary, "source": own.source, "needs": "labels"}
+        for own in schedules().values()
     )
     found.extend(
         {"kind": "recovery", "name": step.name, "summary": step.summary, "source": step.source, "needs": "inputs"}

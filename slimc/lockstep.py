@@ -97,8 +97,11 @@ def lockstep(
     for old in original.graph.nodes:
         if old.op == "output":
             break
-        new = twins[old]
         before.run(old)
+        new = twins.get(old)
+        if new is None:  # a size that an earlier cut computes anew
+            before.forget(old)
+            continue
         if wanted(old):
             visit(old, before, after)
         while own and own[0] < new:

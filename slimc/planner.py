@@ -57,18 +57,20 @@ def plan(
     round_to: int,
     may_relax: bool,
     ignored: Sequence[int] = (),
+    protected: Sequence[int] | None = None,
 ) -> Choice:
     """Choose channels so that every limit holds.
 
     limits: metric to the largest value allowed, per sample.
     round_to: axes are cut to multiples of this; with `may_relax` a smaller power of two is taken where the
         limits cannot be met otherwise.
-    ignored: numbers of groups that stay whole.
+    ignored: numbers of groups that stay whole. protected: how many channels of each group go last, so that no layer
+        collapses while others can still give; a tenth if not given.
     Raises UnreachableTarget with the smallest reachable value.
     """
     attempt = round_to
     while True:
-        search = _Search(grouping, cost, scores, limits, attempt, frozenset(ignored))
+        search = _Search(grouping, cost, scores, limits, attempt, frozenset(ignored), protected)
         smallest = cost(search.smallest)
         if search.fits(smallest):
             return search.choose()
@@ -132,10 +134,12 @@ class _Search:
         limits: Mapping[str, float],
         round_to: int,
         ignored: frozenset[int],
+        protected: Sequence[int] | None,
     ) -> None:
         self.cost, self.limits, self.round_to = cost, limits, round_to
         self.full = np.array([group.width for group in grouping.groups], np.int64)
         self.step = steps(grouping, round_to)
+        self.protected = np.ceil(_PROTECTED * self.full) if protected is None else np.array(protected)
         floor = np.array([group.floor for group in grouping.groups], np.int64)
         self.smallest = np.minimum(self.full, np.maximum(floor, np.where(floor > 0, self.step, 0)))
         for number in ignored:
@@ -151,7 +155,7 @@ class _Search:
         for number, own in enumerate(self.scores):
             places = np.arange(self.smallest[number], self.full[number])
             groups.append(np.full(len(places), number))
-            protected.append(places < math.ceil(_PROTECTED * self.full[number]))
+            protected.append(places < self.protected[number])
             values.append(own[places])
         if not groups:
             return np.zeros(0, np.int64)

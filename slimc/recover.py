@@ -34,6 +34,7 @@ class Task:
 
     original: the whole graph, in eval mode; never changed. slim: the cut graph, whose tensors steps write to.
     twins: the slim node of each original node. types, cut: which indices of every original value are left.
+    work: what one sample of the original takes (`Analysis.work`).
     """
 
     original: GraphModule
@@ -43,6 +44,7 @@ class Task:
     cut: Cut
     samples: Samples
     seed: int = 0
+    work: float = 0.0
     tick: Callable[[int, int], None] = lambda done, of: None
 
 

@@ -98,7 +98,7 @@ class Compressed:
         recover.find(name)
         captured = self.analysis.captured
         fixed = captured.batch if captured.dynamic_shapes is None else None
-        found = collect(data, captured.example, samples or affordable(self.analysis.full.macs), fixed)
+        found = collect(data, captured.example, samples or affordable(self.analysis.work), fixed)
         self.synchronise()
         with self.stages.stage("recover"), evaluating(self.graph):
             detail = recover.find(name).run(self._task(found))
@@ -125,7 +125,8 @@ class Compressed:
     def _task(self, samples: Samples) -> Task:
         original, seed = self.analysis.captured.module, self.report.method.seed
         types, tick = self.analysis.types, self.stages.tick
-        return Task(original, self.graph, self._rewritten.twins, types, self._cut, samples, seed, tick)
+        work = self.analysis.work
+        return Task(original, self.graph, self._rewritten.twins, types, self._cut, samples, seed, work, tick)
 
     def note_recovery(
         self, name: str, detail: str, before: float | None = None, after: float | None = None, kept: bool = True

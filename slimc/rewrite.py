@@ -28,14 +28,15 @@ class Rewritten:
         return self._owner
 
 
-def rewrite(types: Types, cut: Cut) -> Rewritten:
+def rewrite(types: Types, cut: Cut, tensors: dict[str, Tensor] | None = None) -> Rewritten:
     """Slice every tensor of a captured model and rewrite every literal that follows from a size.
 
-    The original graph and its tensors are left as they are.
+    tensors: the sliced tensors by every name they have, where they are at hand already. The original graph and its
+    tensors are left as they are.
     """
     original = types.captured.module
     owner = GraphModule(nn.Module(), Graph(), class_name="SlimGraph")
-    _register(owner, slice_tensors(types, cut))
+    _register(owner, slice_tensors(types, cut) if tensors is None else tensors)
     graph = Graph(owning_module=owner)
     graph.output(graph.graph_copy(original.graph, {}))
     graph.set_codegen(original.graph._codegen)  # how arguments and results are packed

@@ -13,16 +13,19 @@ from .errors import UsageError
 from .graph.capture import Example
 
 LIMIT = 512
-_AFFORDABLE_MACS = 5e11
+_AFFORDABLE = 1.7e12
 _FEWEST = 32
-_MADE_UP_MACS = 1.5e11
+_MADE_UP = 5e11
 _FEWEST_MADE_UP = 8
 _TARGETS = ("labels", "label", "targets", "target")
 
 
-def made_up(macs: float) -> int:
-    """How many samples are made up by default: 256, fewer where one takes long, none where eight take too long."""
-    count = int(min(LIMIT // 2, _MADE_UP_MACS / max(macs, 1.0)))
+def made_up(work: float) -> int:
+    """How many samples are made up by default: 256, fewer where one takes long, none where eight take too long.
+
+    work: `Analysis.work`, what one sample takes.
+    """
+    count = int(min(LIMIT // 2, _MADE_UP / max(work, 1.0)))
     return count if count >= _FEWEST_MADE_UP else 0
 
 
@@ -60,12 +63,13 @@ class Samples:
     """Batches in memory.
 
     source: where they come from, in words for the report. whole: batches must keep their size, the only one that the
-    model takes.
+    model takes. invented: made up, not the user's.
     """
 
     batches: tuple[Batch, ...]
     source: str
     whole: bool = False
+    invented: bool = False
 
     @property
     def count(self) -> int:
@@ -105,9 +109,12 @@ class Samples:
         return replace(self, batches=tuple(fit)), replace(self, batches=tuple(judge))
 
 
-def affordable(macs: float) -> int:
-    """How many samples are looked at unless the user says: 512, fewer where one takes long, never fewer than 32."""
-    return int(min(LIMIT, max(_FEWEST, _AFFORDABLE_MACS / max(macs, 1.0))))
+def affordable(work: float) -> int:
+    """How many samples are looked at unless the user says: 512, fewer where one takes long, never fewer than 32.
+
+    work: `Analysis.work`, what one sample takes.
+    """
+    return int(min(LIMIT, max(_FEWEST, _AFFORDABLE / max(work, 1.0))))
 
 
 def collect(
@@ -123,11 +130,11 @@ def collect(
     left = limit
     device = next((tensor.device for tensor in like.tensors()), None)
     for number, item in enumerate(data, 1):
-        whole = _batch(item, like)
+        whole = batch_of(item, like)
         _check_alike(whole.example.tensors(), like.tensors())
         _check_finite(whole, number)
         for part in _parts(whole, batch, left):
-            found.append(_to(part, device))
+            found.append(to_device(part, device))
             left -= part.count
         if left <= 0:
             break
@@ -144,7 +151,9 @@ def _parts(whole: Batch, size: int | None, left: int) -> list[Batch]:
     return [whole[at : at + size] for at in starts][: -(-left // size)]
 
 
-def _to(batch: Batch, device: torch.device | None) -> Batch:
+def to_device(batch: Batch, device: torch.device | None) -> Batch:
+    """The same batch on another device."""
+
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
@@ -156,7 +165,11 @@ def _to(batch: Batch, device: torch.device | None) -> Batch:
     return Batch(batch.example.map(move), move(targets))
 
 
-def _batch(item: Any, like: Example) -> Batch:
+def batch_of(item: Any, like: Example) -> Batch:
+    """What a loader gives (a tensor, a tuple, a dictionary) as inputs for the model, and targets if there are any.
+
+    Raises UsageError where the inputs are not there.
+    """
     targets: Any | None = None
     if isinstance(item, (tuple, list)) and item and isinstance(item[0], Mapping):
         targets = item[1] if len(item) > 1 else None

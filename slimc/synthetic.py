@@ -32,17 +32,17 @@ _CHANNELS = (1, 3)
 _BATCH = 64
 _MATCHING_ROUNDS = 40
 _FEWEST_ROUNDS = 5
-_MATCHING_MACS = 1e12
+_MATCHING = 1e12
 _MATCHING_RATE = 0.1
 
 Picture = npt.NDArray[np.float32]
 
 
-def synthetic(captured: Captured, count: int, macs: float, seed: int = 0) -> Samples | None:
+def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Samples | None:
     """Samples of the kind that the model takes; None where its inputs are neither pictures nor tokens.
 
     captured: gives the shapes, and the vocabulary where tokens are looked up. count: how many samples.
-    macs: what one sample costs; pictures are fitted to the model only where that is quick.
+    work: what one sample takes (`Analysis.work`); pictures are fitted to the model only where that is quick.
     """
     example = captured.example
     tensors = example.tensors()
@@ -55,15 +55,18 @@ def synthetic(captured: Captured, count: int, macs: float, seed: int = 0) -> Sam
         device = tensors[0].device
         made = [dead_leaves(size, tuple(tensors[0].shape[1:]), generator).to(device) for size in sizes]
         source = "synthetic pictures of overlapping shapes"
-        rounds = min(_MATCHING_ROUNDS, int(_MATCHING_MACS / (3 * max(macs, 1.0) * count)))
+        rounds = min(_MATCHING_ROUNDS, int(_MATCHING / (max(work, 1.0) * count)))
         if rounds >= _FEWEST_ROUNDS and any(is_reestimated(node) for node in captured.module.graph.nodes):
             made = [matched(captured, example, pictures, rounds) for pictures in made]
             source += ", fitted to the model's batch norms"
-        return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source, whole)
+        return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source, whole, True)
     vocabularies = _vocabularies(captured.module)
     if vocabularies and not any(t.is_floating_point() for t in tensors):
         return Samples(
-            tuple(Batch(_tokens(example, size, vocabularies, generator)) for size in sizes), "random tokens", whole
+            tuple(Batch(_tokens(example, size, vocabularies, generator)) for size in sizes),
+            "random tokens",
+            whole,
+            True,
         )
     return None
 

@@ -268,7 +268,7 @@ def test_pictures_are_fitted_to_the_statistics_of_batch_norms() -> None:
     model = seeded(Block)
     model.get_buffer("norm.running_mean").fill_(2.0)
     captured = capture(copy.deepcopy(model), noise(2, 3, 8, 8))
-    found = synthetic(captured, 64, macs=1e4)
+    found = synthetic(captured, 64, work=1e4)
     assert found is not None
     assert found.source.endswith("batch norms")
     plain = dead_leaves(64, (3, 8, 8), np.random.default_rng(0))
@@ -279,7 +279,7 @@ def test_pictures_are_fitted_to_the_statistics_of_batch_norms() -> None:
 
 def test_tokens_are_drawn_from_the_table_that_looks_them_up() -> None:
     model = nn.Sequential(nn.Embedding(50, 6), nn.Flatten(), nn.Linear(24, 3)).eval()
-    found = synthetic(capture(model, torch.randint(0, 2, (2, 4))), 40, macs=1e3)
+    found = synthetic(capture(model, torch.randint(0, 2, (2, 4))), 40, work=1e3)
     assert found is not None
     tokens = torch.cat([batch.example.args[0] for batch in found.batches])
     assert tokens.shape == (40, 4)
@@ -289,7 +289,7 @@ def test_tokens_are_drawn_from_the_table_that_looks_them_up() -> None:
 
 def test_nothing_is_made_up_for_other_inputs() -> None:
     model = nn.Sequential(nn.Linear(6, 3)).eval()
-    assert synthetic(capture(model, noise(2, 6)), 8, macs=1e3) is None
+    assert synthetic(capture(model, noise(2, 6)), 8, work=1e3) is None
 
 
 # -- samples ------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from slimc.graph.infer import tensors_of
 from slimc.recover import Task, step
 
 EPOCHS = 40
-_MOST_MACS = 1.2e12
+_MOST, _MOST_INVENTED = 1.2e13, 4e12
+"""Work of a whole distillation: made-up samples are worth less of it."""
 _FEWEST_EPOCHS = 5
 _RATE = 1e-3
 _BATCH = 64
@@ -81,10 +82,11 @@ def _rate(done: int, steps: int) -> float:
 
 def _epochs(task: Task, samples: int) -> int:
     """As many as the arithmetic allows; 0 where even a few would take too long."""
-    captured = task.types.captured
-    whole = sum(c * math.prod(len(axis) for axis in axes) for c, axes in task.types.macs) / captured.batch
-    left = sum(c * math.prod(task.cut.shape(axes)) for c, axes in task.types.macs) / captured.batch
-    affordable = int(_MOST_MACS / ((whole + 3 * left) * samples))
+    whole = sum(c * math.prod(len(axis) for axis in axes) for c, axes in task.types.macs)
+    left = sum(c * math.prod(task.cut.shape(axes)) for c, axes in task.types.macs)
+    slim = left / whole if whole else 1.0
+    most = _MOST_INVENTED if task.samples.invented else _MOST
+    affordable = int(most / (max(task.work, 1.0) * (1 + 3 * slim) * samples))
     return min(EPOCHS, affordable) if affordable >= _FEWEST_EPOCHS else 0
 
 

@@ -29,6 +29,8 @@ from slimc.regression import Fit, Moments, choose
 
 ROWS = 40_000
 _ROWS_PER_INPUT = 10
+_NUMBERS = 30_000_000
+"""At most so many inputs are gathered at once: a depthwise convolution has few for each of many groups."""
 _WIDEST = 6_144
 """Inputs of a reader beyond which its normal equations (inputs squared, in float64) are too large."""
 _JUDGED = 0.2
@@ -101,7 +103,7 @@ def _fit(
     spatial = None
     bias = None if reader.bias is None else attribute(task.slim, reader.bias).detach()
     counts = [reader.places(value) for value in before.of(old)]
-    wanted = min(ROWS, max(ROWS // 4, _ROWS_PER_INPUT * inputs))
+    wanted = _rows(groups, inputs)
     share = min(1.0, wanted / sum(counts))
     fitted, judged = (Moments(groups, inputs, outputs, matrix.device) for _ in range(2))
     wide = torch.float64
@@ -134,3 +136,9 @@ def _fit(
     reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
     if tail.offset is not None:
         tail.offset(fit.offset.flatten())
+
+
+def _rows(groups: int, inputs: int) -> int:
+    """How many places a layer is fitted on."""
+    enough = min(ROWS, max(ROWS // 4, _ROWS_PER_INPUT * inputs))
+    return max(min(enough, _NUMBERS // (groups * inputs)), 2 * _ROWS_PER_INPUT * inputs)

@@ -15,6 +15,8 @@ from slimc.report.model import (
     RecoveryStep,
     Report,
     TargetResult,
+    Training,
+    TrainingPoint,
     Verification,
 )
 
@@ -32,6 +34,8 @@ __all__ = [
     "RecoveryStep",
     "Report",
     "TargetResult",
+    "Training",
+    "TrainingPoint",
     "Verification",
     "render_html",
     "write_html",

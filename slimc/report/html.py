@@ -145,10 +145,10 @@ def _accuracy_headline(report: Report) -> Headline:
         return Headline("Agreement with the original", text.percent(round(seen.agreement, 3)), note, "plain")
     if accuracy is None:
         return Headline("Accuracy", "not measured", "no accuracy stage in this run", "plain")
-    before, pruned, after = (
-        text.metric(v, accuracy.metric) for v in (accuracy.before, accuracy.pruned, accuracy.after)
-    )
-    note = f"{accuracy.metric}; original {before}, plain cut {pruned}"
+    before, after = (text.metric(v, accuracy.metric) for v in (accuracy.before, accuracy.after))
+    note = f"{accuracy.metric} on {accuracy.data} data; original {before}"
+    if accuracy.pruned is not None:
+        note += f", plain cut {text.metric(accuracy.pruned, accuracy.metric)}"
     return Headline("Accuracy", after, note, "plain")
 
 

@@ -113,12 +113,42 @@ class Latency:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The metric of the original, of the plain cut and of the recovered model; a share for `top1`, not a percentage."""
+    """The metric of the original, of the plain cut and of the recovered model; a share for `top1`, not a percentage.
+
+    pruned: null where channels went in several steps with training between. data: what it was measured on.
+    """
 
     metric: str
     before: float
-    pruned: float
+    pruned: float | None
     after: float
+    data: str = "test"
+
+
+@dataclass(frozen=True)
+class TrainingPoint:
+    """A phase of training as it ended.
+
+    epochs: trained so far. flops: share of the MACs that was left. loss: mean training loss of its last epoch, null
+    where the caller's own loop trained. accuracy: on the validation data, null where it was not measured.
+    """
+
+    phase: str
+    epochs: float
+    flops: float
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a schedule trained and cut: its settings, what was fitted after every cut, and one point for each phase."""
+
+    schedule: str
+    epochs: float
+    settings: Mapping[str, str]
+    mended: tuple[str, ...]
+    points: tuple[TrainingPoint, ...]
 
 
 @dataclass(frozen=True)
@@ -220,6 +250,7 @@ class Report:
     verification: Verification | None = None
     recovery: tuple[RecoveryStep, ...] | None = None
     calibration: Calibration | None = None
+    training: Training | None = None
     accuracy: Accuracy | None = None
     onnx: OnnxFile | None = None
     latency: tuple[Latency, ...] | None = None

@@ -7,13 +7,15 @@ size, so that they stay readable on a phone. Colours come from the page's style 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from markupsafe import Markup
 
-from slimc.report.model import GroupRow, Latency
+from slimc.report.model import GroupRow, Latency, TrainingPoint
 
 COLUMNS_PER_STRIP = 50
 STRIP_HEIGHT = 96
+TRAJECTORY_HEIGHT = 190
 
 
 def bar(share: float) -> Markup:
@@ -97,6 +99,44 @@ def interval_scale(rows: Sequence[Latency]) -> tuple[float, float]:
     high = max([1.0, *(row.ci95[1] for row in rows)])
     room = max(high - low, 0.1) * 0.08
     return low - room, high + room
+
+
+def trajectory(points: Sequence[TrainingPoint], before: float | None) -> Markup:
+    """FLOPs left, falling to the right, against accuracy: a dot for every phase that was measured, in order.
+
+    before: the original's accuracy, as a dotted line.
+    """
+    seen = [(point, point.accuracy) for point in points if point.accuracy is not None]
+    values = [accuracy for _, accuracy in seen] + ([] if before is None else [before])
+    low, high = min(values), max(values)
+    room = max(high - low, 0.01) * 0.1
+    low, high, least = low - room, high + room, min(point.flops for point, _ in seen)
+
+    def x(flops: float) -> str:
+        return f"{8 + 88 * (1 - flops) / max(1 - least, 1e-9):.2f}%"
+
+    def y(accuracy: float) -> str:
+        return f"{8 + (TRAJECTORY_HEIGHT - 16) * (high - accuracy) / (high - low):.1f}"
+
+    label = Markup('<text x="0" y="{}">{:.1f}%</text>')
+    parts = [label.format(y(value), 100 * value) for value in (low + room, high - room)]
+    if before is not None:
+        line = '<line class="one" x1="8%" x2="96%" y1="{y}" y2="{y}"/>'
+        parts.append(Markup(line).format(y=y(before)))
+    for (start, first), (end, second) in pairwise(seen):
+        line = '<line class="whisker" x1="{}" y1="{}" x2="{}" y2="{}"/>'
+        parts.append(Markup(line).format(x(start.flops), y(first), x(end.flops), y(second)))
+    for point, accuracy in seen:
+        told = f"{point.phase}: {100 * point.flops:.1f}% of the FLOPs, {100 * accuracy:.2f}%, {point.epochs:.3g} epochs"
+        kind = "last" if point is seen[-1][0] else "tuned" if point.phase == "finetune" else "phase"
+        dot = '<circle class="{}" cx="{}" cy="{}" r="4"><title>{}</title></circle>'
+        parts.append(Markup(dot).format(kind, x(point.flops), y(accuracy), told))
+    bottom = TRAJECTORY_HEIGHT + 12
+    for flops, anchor in ((1.0, "start"), (least, "end")):
+        text = '<text x="{}" y="{}" text-anchor="{}">{:.0f}% of the FLOPs</text>'
+        parts.append(Markup(text).format(x(flops), bottom, anchor, 100 * flops))
+    head = '<svg class="trajectory" width="100%" height="{}" role="img" aria-label="FLOPs left against accuracy">'
+    return Markup(head).format(bottom + 6) + Markup("").join(parts) + Markup("</svg>")
 
 
 def stages(shares: Sequence[tuple[str, float]]) -> Markup:

@@ -1,0 +1,56 @@
+"""The types and groups of a cut graph: those of the whole graph with the removed indices left out.
+
+They are for reading (scores, roles, reconstruction). A further cut is made in the whole graph again, whose literals
+are those that were captured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch.fx import GraphModule, Node
+
+from .groups import Grouping
+from .infer import Types, attribute
+from .resize import Cut
+from .rule import Value
+from .terms import Terms
+
+
+def shrink(
+    types: Types, grouping: Grouping, cut: Cut, module: GraphModule, twins: dict[Node, Node]
+) -> tuple[Types, Grouping]:
+    """Types and groups of `module`, the graph that `cut` leaves; twins: its node for each original node.
+
+    Groups keep their numbers and names; one of which nothing is left has no variables. An axis that several values
+    share is one array here too.
+    """
+    known: dict[int, Terms] = {}
+
+    def axis(terms: Terms) -> Terms:
+        own = known.get(id(terms))
+        if own is None:
+            own = known[id(terms)] = terms if cut.whole(terms) else terms[cut.kept(terms)]
+        return own
+
+    def value(found: Value) -> Value:
+        if found is None:
+            return None
+        return tuple(axis(item) if isinstance(item, np.ndarray) else value(item) for item in found)
+
+    values: dict[Node, Value] = dict.fromkeys(module.graph.nodes)  # sizes that are computed anew have no axes
+    values.update({twins[node]: value(found) for node, found in types.values.items()})
+    tensors = {name: value(axes) for name, axes in types.tensors.items()}
+    smaller = replace(
+        types,
+        captured=replace(types.captured, module=module),
+        values=values,
+        tensors=tensors,
+        weights={name: attribute(module, name) for name in tensors},
+        renormalising=tuple((twins[node], axis(terms)) for node, terms in types.renormalising),
+        macs=tuple((count, value(axes)) for count, axes in types.macs),
+    )
+    groups = tuple(replace(group, variables=group.variables[cut.alive[group.variables]]) for group in grouping.groups)
+    numbers = {id(own): grouping.axis_number[whole] for whole, own in known.items()}
+    return smaller, replace(grouping, groups=groups, axis_number=numbers)

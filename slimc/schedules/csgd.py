@@ -1,0 +1,154 @@
+"""Centripetal SGD: filters of a cluster are drawn together until they are one, then all but one are cut.
+
+Source: Ding et al., "Centripetal SGD for Pruning Very Deep Convolutional Networks with Complicated Structure"
+(CVPR 2019), equation 4: the members of a cluster move by their mean gradient and towards their mean; when they are
+equal, the readers' weights of the dropped ones are added to those of the one that stays, and nothing changes.
+Clusters are k-means of the filters (section 3.2) and are shared by everything in a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from slimc.graph.infer import attribute
+from slimc.training import gates, lifts
+from slimc.training.loop import Hooks
+from slimc.training.network import Alive, Network
+from slimc.training.phase import Phase
+from slimc.training.run import Run
+from slimc.training.schedule import schedule
+
+_FOR_VECTORS = 0.1
+"""Biases and norms are drawn together by a tenth of epsilon, as in the authors' code."""
+
+
+@schedule("csgd", "filters of a cluster are drawn together until they are one, then merged", "Ding et al., CVPR 2019")
+def csgd(run: Run, *, epsilon: float = 0.05, finetune: float = 0.3) -> Iterator[Phase]:
+    """Train with centripetal force `epsilon`, merge clusters, fine-tune for that share of the epochs (0 published).
+
+    The same share of every group goes; the share follows from the budget.
+    """
+    labels = run.event("clusters", lambda: torch.from_numpy(clusters(run)))
+    layers = (*run.network.places, *gates.places(run.analysis.types, after_norms=False))
+    once = {place.name: place for place in layers}
+
+    def draw() -> None:
+        for place in once.values():
+            for name, axis in place.tensors:
+                parameter = attribute(run.network.module, name)
+                if parameter.grad is not None:
+                    mixing = _mixing(run.network, place, labels.numpy()).to(parameter)
+                    strength = epsilon if parameter.dim() > 1 else epsilon * _FOR_VECTORS
+                    parameter.grad.copy_(centripetal(parameter.detach(), parameter.grad, mixing, axis, strength))
+
+    yield run.phase("centripetal", (1 - finetune) * run.options.epochs, hooks=Hooks(before_step=draw))
+    run.event("merge clusters", lambda: merge(run.network, labels.numpy()))
+    run.cut(lambda: representatives(run.network, labels.numpy()))
+    yield run.phase("finetune", run.left)
+
+
+def centripetal(weight: Tensor, gradient: Tensor, mixing: Tensor, axis: int, epsilon: float) -> Tensor:
+    """The mean gradient of each row's cluster, plus epsilon times how far the row is from its cluster's mean.
+
+    mixing: [rows, rows] averages over clusters. Under plain SGD two rows of a cluster come nearer by exactly
+    1 - rate * epsilon in every step, whatever the data.
+    """
+    rows, moves = (t.transpose(0, axis).reshape(t.shape[axis], -1) for t in (weight, gradient))
+    drawn = mixing @ moves + epsilon * (rows - mixing @ rows)
+    return drawn.reshape(weight.transpose(0, axis).shape).transpose(0, axis)
+
+
+def clusters(run: Run) -> npt.NDArray[np.int64]:
+    """[variables] the representative of each channel's cluster: a channel that stays."""
+    from sklearn.cluster import KMeans
+
+    network = run.network
+    ranks = lifts.within_groups(network, run.score("magnitude"))
+    filters = _filters(network)
+    ranks[[variable for variable in range(len(ranks)) if variable not in filters]] = np.nan  # their groups stay whole
+    left = run.selection.choose(ranks)
+    labels = np.arange(len(ranks))
+    for group in network.analysis.groups:
+        count = int(left[group.variables].sum())
+        if not 0 < count < group.width:
+            continue
+        own = np.stack([filters[variable] for variable in group.variables.tolist()])
+        found = KMeans(count, n_init=1, random_state=run.options.seed).fit_predict(own)
+        for cluster in range(count):
+            members = group.variables[found == cluster]
+            if len(members):
+                labels[members] = members[0]
+    return labels
+
+
+def _filters(network: Network) -> dict[int, npt.NDArray[np.float64]]:
+    """The weights that make each channel, end to end over all of its writers."""
+    parts: dict[int, list[npt.NDArray[np.float64]]] = {}
+    for place in gates.places(network.analysis.types, after_norms=False):
+        weight = attribute(network.module, place.name).detach().transpose(0, place.tensors[0][1]).flatten(1)
+        numbers = weight.double().cpu().numpy()
+        for row, variables in zip(numbers, lifts.factors(network, place), strict=True):
+            for variable in variables[variables >= 0].tolist():
+                parts.setdefault(variable, []).append(row)
+    return {variable: np.concatenate(rows) for variable, rows in parts.items()}
+
+
+def _twins(factors: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For each index of an axis, the index that takes its place once clusters are one; itself for those that stay.
+
+    Where a channel has several indices (a flattened map, heads times sizes), they correspond in order.
+    """
+    wanted = np.where(factors >= 0, labels[np.maximum(factors, 0)], -1)
+    places: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(factors.tolist()):
+        places.setdefault(tuple(row), []).append(index)
+    seen: dict[tuple[int, ...], int] = {}
+    found = np.arange(len(factors))
+    for index, (own, target) in enumerate(zip(factors.tolist(), wanted.tolist(), strict=True)):
+        key = tuple(own)
+        number = seen[key] = seen.get(key, -1) + 1
+        found[index] = places[tuple(target)][number]
+    return found
+
+
+def _mixing(network: Network, place: gates.Place, labels: npt.NDArray[np.int64]) -> Tensor:
+    """[rows, rows] the matrix that averages over clusters."""
+    twins = _twins(lifts.factors(network, place), labels)
+    same = torch.from_numpy(twins[:, None] == twins[None, :]).float()
+    return same / same.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def merge(network: Network, labels: npt.NDArray[np.int64]) -> None:
+    """Give the one that stays the mean of its cluster wherever it is written, and the sum wherever it is read."""
+    types = network.analysis.types
+    writing = {(name, axis) for place in network.places for name, axis in place.tensors}
+    writing |= {(name, axis) for place in gates.places(types, after_norms=False) for name, axis in place.tensors}
+    for name, axes in types.tensors.items():
+        tensor = attribute(network.module, name)
+        for position, axis in enumerate(axes):
+            factors = types.solution.factors(axis)
+            if not (factors >= 0).any() or not tensor.is_floating_point():
+                continue
+            twins = torch.from_numpy(_twins(factors, labels)).to(tensor.device)
+            # Vectors (norms, biases, statistics) are written; so are the rows of layers. All else is read.
+            summing = tensor.dim() > 1 and (name, position) not in writing
+            mixed = torch.zeros_like(tensor).index_add_(position, twins, tensor)
+            if not summing:
+                counts = torch.zeros(len(factors), device=tensor.device).index_add_(
+                    0, twins, torch.ones(len(factors), device=tensor.device)
+                )
+                shape = [-1 if place == position else 1 for place in range(tensor.dim())]
+                mixed = mixed / counts.clamp_min(1).reshape(shape).to(mixed)
+            tensor.copy_(mixed)
+
+
+def representatives(network: Network, labels: npt.NDArray[np.int64]) -> Alive:
+    """The channels that stand for their clusters."""
+    alive: Alive = network.alive & (labels == np.arange(len(labels)))
+    return alive

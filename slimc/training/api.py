@@ -1,0 +1,187 @@
+"""`slimc.schedule`: a method that trains, on the user's data and in the user's loop if they have one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimc import compiler, planner, recover, scores
+from slimc.analysis import Analysis, Progress, Stages, analyse
+from slimc.budget import Target
+from slimc.errors import UsageError
+from slimc.plan import weights_sha256
+from slimc.report import Accuracy, Method, Training, TrainingPoint
+from slimc.result import Compressed
+
+from . import schedule as registry
+from .folder import RunFolder
+from .loop import Loss, Metric
+from .network import Network
+from .recipe import Recipe
+from .run import Options, Run
+
+MEND = ("reconstruct", "bn")
+"""What `recover="auto"` does after every cut of a schedule."""
+
+
+def schedule(
+    name: str,
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    flops: str | float | None = None,
+    params: str | float | None = None,
+    size: str | float | None = None,
+    memory: str | float | None = None,
+    epochs: float,
+    data: Iterable[Any] | None = None,
+    val: Iterable[Any] | None = None,
+    test: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    metric: Metric | None = None,
+    recipe: Recipe | None = None,
+    scorer: str = "auto",
+    recover: str | Sequence[str] = "auto",
+    settings: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+    round_to: int | str = "auto",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    model_name: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """A run of one of `slimc methods`' schedules: iterate over its phases, then take `result`.
+
+    model, example_inputs, flops ... memory, ignore, round_to, seed, device: as for `compress`. epochs: the whole
+    training budget over `data`, fine-tuning included. data: batches of (inputs, targets), readable again and again;
+    None where your own loop trains every phase. val: batches for the accuracy that is reported; nothing is chosen by
+    it unless the recipe says so. test: batches that are looked at once, for the report. loss: takes outputs and
+    targets, gives a mean; cross entropy if not given. metric: takes the same, larger is better; top-1 accuracy if not
+    given. recipe: how phases train. scorer: for schedules that take one; "auto" is `obs` for one cut that is mended,
+    else `magnitude`. recover: what is fitted without labels after every cut: "auto", "none" (the method as it was
+    published) or a list. settings: the method's own. folder: where the run is kept, so that `resume` goes on with it.
+    Raises UsageError, CaptureError, UnreachableTarget, and what `compress` raises when the result is built.
+    """
+    method = registry.find(name)
+    own = method.settings(settings or {})
+    targets = compiler.targets_of(flops=flops, params=params, size=size, memory=memory)
+    alignment, mend = compiler.alignment_of(round_to), _mending(recover, data)
+    if not epochs > 0:
+        raise UsageError(f"epochs is {epochs}; it must be above 0")
+    if scorer == "auto":
+        scorer = "obs" if name == "one-shot" and mend else "magnitude"
+    chosen = scores.find(scorer)
+    if chosen.needs != "weights" and data is None:
+        raise UsageError(f"--scorer {scorer} needs data, and there is none")
+    stages = Stages(progress)
+    analysis = analyse(model, example_inputs, stages, device)
+    limits = compiler.limits_of(targets, analysis, stages)
+    ignored = tuple(analysis.matching(ignore))
+    _check_reachable(analysis, limits, alignment, round_to == "auto", ignored)
+    about = {
+        "model": weights_sha256(model), "schedule": name, "targets": {t.metric: t.text for t in targets},
+        "epochs": epochs, "settings": own, "scorer": scorer, "recover": list(mend), "round_to": str(round_to),
+        "seed": seed, "recipe": vars(recipe or Recipe()), "ignore": list(ignore),
+    }  # fmt: skip
+    options = Options(
+        limits, epochs, recipe or Recipe(), scorer, alignment, round_to == "auto", mend, ignored, seed, own
+    )
+
+    def finish(run: Run) -> Compressed:
+        return _compressed(run, model, targets, model_name, test)
+
+    return Run(
+        method, analysis, options, data=data, val=val, loss=loss, metric=metric, stages=stages,
+        folder=None if folder is None else RunFolder(Path(folder), about), resume=resume, finish=finish,
+    )  # fmt: skip
+
+
+def _mending(wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[str, ...]:
+    steps = compiler.recover_steps(wanted)
+    if steps == ("auto",):
+        return MEND if data is not None else ()
+    if steps and data is None:
+        raise UsageError(f"--recover {','.join(steps)} needs data to fit on")
+    if "distill" in steps:
+        raise UsageError("distillation is part of a schedule's training: give Recipe(distil=0.5) instead")
+    for step in steps:
+        recover.find(step)
+    return steps
+
+
+def _check_reachable(
+    analysis: Analysis, limits: Mapping[str, float], alignment: int, may_relax: bool, ignored: Sequence[int]
+) -> None:
+    """UnreachableTarget before anything is trained."""
+    import numpy as np
+
+    nothing = [np.zeros(group.width) for group in analysis.groups]
+    planner.plan(
+        analysis.grouping, analysis.cost, nothing, limits, round_to=alignment, may_relax=may_relax, ignored=ignored
+    )
+
+
+def _compressed(
+    run: Run, model: nn.Module, targets: Sequence[Target], name: str | None, test: Iterable[Any] | None
+) -> Compressed:
+    """The trained network as the result of one cut of the original: proven, described, with its plan."""
+    network, options, analysis = run.network, run.options, run.analysis
+    how = {
+        "scorer": options.scorer, "schedule": run.schedule.name, "epochs": options.epochs, "seed": options.seed,
+        "round_to": options.round_to, "settings": dict(options.settings), "mended": list(options.mend),
+    }  # fmt: skip
+    facts = compiler.facts_of(model, targets, options.limits, how)
+    results = compiler.results_of(options.limits, analysis.full, network.costs)
+    method = Method(options.scorer, run.schedule.name, options.round_to, options.seed)
+    warnings = [
+        f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"
+        for place, moved in network.clipped.items()
+    ]
+    with _trained(analysis, network):
+        slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
+    points = tuple(TrainingPoint(p.phase, p.epochs, p.flops, p.loss, p.accuracy) for p in run.history)
+    settings = {key: str(value) for key, value in options.settings.items()}
+    training = Training(run.schedule.name, options.epochs, settings, options.mend, points)
+    accuracy = _accuracy(run, slim, test)
+    slim.report = replace(slim.report, training=training, accuracy=accuracy, seconds=dict(run.stages.seconds))
+    return slim
+
+
+def _accuracy(run: Run, slim: Compressed, test: Iterable[Any] | None) -> Accuracy | None:
+    """Of the original and of the result, on the test data, else on the validation data; None without either."""
+    modules = (run.analysis.model, slim.module)
+    values = [run.accuracy_of(m) if test is None else run.accuracy_on(m, test) for m in modules]
+    before, after = values
+    if before is None or after is None:
+        return None
+    name = "top1" if run.metric is None else "metric"
+    return Accuracy(name, before, None, after, "validation" if test is None else "test")
+
+
+@contextmanager
+def _trained(analysis: Analysis, network: Network) -> Iterator[None]:
+    """The original graph with the trained weights at the kept indices, for a while: what the proof masks and cuts."""
+    cut, types = network.cut_so_far, analysis.types
+    saved = {name: tensor.detach().clone() for name, tensor in types.weights.items()}
+    try:
+        with torch.no_grad():
+            for name, small in network.tensors().items():
+                index = [torch.from_numpy(cut.kept(axis).nonzero()[0]).to(small.device) for axis in types.tensors[name]]
+                whole = types.weights[name]
+                if index:
+                    whole[torch.meshgrid(*index, indexing="ij")] = small.detach()
+                else:
+                    whole.copy_(small)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                types.weights[name].copy_(tensor)

@@ -1,0 +1,57 @@
+"""What the command line does with `--schedule` and `--epochs`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimc.errors import UsageError
+from slimc.graph.capture import Example
+from slimc.result import Compressed
+
+from . import schedule as registry
+from . import workers
+from .api import schedule
+from .feeds import BATCH, open_training
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Training:
+    """The command line's options for training."""
+
+    schedule: str
+    epochs: float
+    rate: float | None
+    batch_size: int | None
+    distil: float
+    settings: Sequence[str]
+    resume: bool
+
+    def __post_init__(self) -> None:
+        registry.find(self.schedule).settings(self._settings())
+        Recipe(rate=self.rate, distil=self.distil)
+
+    def _settings(self) -> dict[str, str]:
+        found = {}
+        for text in self.settings:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise UsageError(f"--set {text}: wanted NAME=VALUE")
+            found[name] = value
+        return found
+
+    def run(self, model: nn.Module, example: Example, *, data: str, folder: Path, **options: Any) -> Compressed | None:
+        """Train and cut; None in processes that only helped with that."""
+        feeds = open_training(data, example, self.batch_size or BATCH)
+        with workers.joined():
+            found: Compressed = schedule(
+                self.schedule, model, example, epochs=self.epochs, data=feeds.train, val=feeds.validation,
+                test=feeds.test, recipe=Recipe(rate=self.rate, distil=self.distil), settings=self._settings(),
+                folder=folder, resume=self.resume, **options,
+            ).result  # fmt: skip
+            return found if workers.rank() == 0 else None

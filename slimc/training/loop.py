@@ -1,0 +1,318 @@
+"""The loop: one phase of training, step by step, that can be stopped after any step, saved, and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from slimc.errors import UsageError
+from slimc.graph.capture import Example
+from slimc.losses import first_output
+from slimc.samples import Batch, batch_of
+
+from . import workers
+from .recipe import Recipe, build, factor
+from .stream import Stream, kept_random_state
+
+Loss = Callable[[Any, Any], Tensor]
+"""Takes the model's outputs and the targets of a batch, gives the mean over its samples."""
+Metric = Callable[[Any, Any], float]
+"""Takes outputs and targets of one batch, gives the mean over its samples; larger is better."""
+Hook = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a method does besides descending the loss.
+
+    before_step: with the gradients of a step there (of all processes), before the optimiser uses them.
+    after_step: when the weights have moved. after_epoch: when a whole pass over the data has been trained on.
+    """
+
+    before_step: Hook | None = None
+    after_step: Hook | None = None
+    after_epoch: Hook | None = None
+
+
+class Loop:
+    """Trains a module for a number of steps.
+
+    teacher: gives the original network's outputs for a batch, where the recipe distils. module is trained in place
+    and left in the mode it is in.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stream: Stream,
+        steps: int,
+        recipe: Recipe,
+        *,
+        loss: Loss | None = None,
+        hooks: Hooks | None = None,
+        trains: Callable[[str], bool] = lambda name: True,
+        teacher: nn.Module | None = None,
+        memory: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.module, self.stream, self.steps, self.recipe = module, stream, steps, recipe
+        self._loss = loss or functools.partial(_cross_entropy, smoothing=recipe.smoothing)
+        self._hooks = hooks or Hooks()
+        self._teacher = teacher if recipe.distil else None
+        self._named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point()]
+        self._wanted = [p.requires_grad for _, p in self._named]
+        for name, parameter in self._named:
+            parameter.requires_grad_(parameter.requires_grad and trains(name))
+        if not any(p.requires_grad for _, p in self._named):
+            raise UsageError("no parameter of the model trains: all have requires_grad switched off")
+        self.optimiser = build(recipe, module, self._named)
+        self._recall(memory or {})
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor(recipe, max(1, steps)))
+        self.average: AveragedModel | None = None
+        if recipe.average:
+            average = get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(module, multi_avg_fn=average)
+        self.done = 0
+        self.total, self.seen = 0.0, 0.0
+        self._worker = _distributed(module)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    @property
+    def loss(self) -> float | None:
+        """The mean loss since it was last asked to forget."""
+        return self.total / self.seen if self.seen else None
+
+    def forget(self) -> None:
+        """Start the mean loss again."""
+        self.total, self.seen = 0.0, 0.0
+
+    def step(self) -> None:
+        """One step; raises UsageError where the loss is not finite."""
+        batch = self.stream.next()
+        self.module.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        value = self._value(batch)
+        if not bool(torch.isfinite(value)):
+            raise UsageError(
+                f"the loss is {float(value)} at step {self.done + 1} of {self.steps}: lower the learning rate "
+                "(--rate), or look at the data"
+            )
+        weight = workers.weight(batch)
+        (value * weight).backward()  # type: ignore[no-untyped-call]
+        if self._hooks.before_step:
+            self._hooks.before_step()
+        self.optimiser.step()
+        self.schedule.step()
+        if self._hooks.after_step:
+            self._hooks.after_step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        self.total, self.seen, self.done = self.total + float(value.detach()) * weight, self.seen + 1, self.done + 1
+        if self.stream.index == len(self.stream) and self._hooks.after_epoch:
+            self._hooks.after_epoch()
+
+    def _value(self, batch: Batch) -> Tensor:
+        example = layout(batch, self.module)
+        with autocast(self.recipe, example.example.tensors()[0].device):
+            outputs = example.example.run(self._worker)
+            wanted = None
+            if self._teacher is not None:
+                with torch.no_grad():
+                    wanted = batch.example.run(self._teacher)
+        outputs = widened(outputs)
+        if self._teacher is None:
+            return self._loss(outputs, batch.targets)
+        share, heat = self.recipe.distil, self.recipe.temperature
+        drawn = functional.kl_div(
+            functional.log_softmax(first_output(outputs) / heat, dim=1),
+            functional.log_softmax(first_output(widened(wanted)) / heat, dim=1),
+            reduction="batchmean", log_target=True,
+        )  # fmt: skip
+        # Hinton et al. (2015), section 2: gradients of the softened outputs are 1/T^2 as large.
+        soft = drawn * heat * heat
+        return soft if share == 1 else (1 - share) * self._loss(outputs, batch.targets) + share * soft
+
+    def finish(self) -> None:
+        """Take the averaged weights, if there are any, and put back what trains."""
+        if self.average is not None and self.done:
+            with torch.no_grad():
+                for own, mean in zip(self.module.parameters(), self.average.module.parameters(), strict=True):
+                    own.copy_(mean)
+        for (_, parameter), wanted in zip(self._named, self._wanted, strict=True):
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+    # -- the optimiser's memory -----------------------------------------------------------------------
+
+    def memory(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimiser remembers, by parameter name."""
+        names = {id(parameter): name for name, parameter in self._named}
+        return {
+            names[id(parameter)]: {key: value for key, value in own.items() if isinstance(value, Tensor)}
+            for parameter, own in self.optimiser.state.items()
+        }
+
+    def _recall(self, memory: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, parameter in self._named:
+            own = memory.get(name)
+            if own and parameter.requires_grad and all(v.shape in (parameter.shape, ()) for v in own.values()):
+                self.optimiser.state[parameter] = dict(own)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a fresh loop over the same module needs to go on as this one."""
+        return {
+            "done": self.done,
+            "total": self.total,
+            "seen": self.seen,
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch},
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.done, self.total, self.seen = state["done"], state["total"], state["seen"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        if self.average is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def _cross_entropy(outputs: Any, targets: Any, smoothing: float) -> Tensor:
+    if not isinstance(targets, Tensor):
+        raise UsageError("the training batches hold no labels: let every batch be (inputs, targets), or give loss=")
+    return functional.cross_entropy(first_output(outputs), targets.long(), label_smoothing=smoothing)
+
+
+def _distributed(module: nn.Module) -> nn.Module:
+    if workers.count() == 1:
+        return module
+    first = next(module.parameters())
+    devices = [first.device.index] if first.is_cuda else None
+    return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
+
+
+def layout(batch: Batch, module: nn.Module) -> Batch:
+    """Pictures in the memory layout in which this machine's convolutions are fast."""
+    if not any(parameter.dim() == 4 for parameter in module.parameters()):
+        return batch
+
+    def change(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    return replace(batch, example=batch.example.map(change))
+
+
+@functools.cache
+def computes_in_bfloat16(kind: str) -> bool:
+    """Whether a device multiplies bfloat16 numbers faster than float32."""
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    flags = torch.backends.cpu.get_cpu_capability()
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return flags.startswith("AVX512") and any(bool(ask()) for ask in known if ask is not None)
+
+
+@contextlib.contextmanager
+def autocast(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """bfloat16 where the recipe and the device have it."""
+    wanted = recipe.precision == "bfloat16" or (recipe.precision == "auto" and computes_in_bfloat16(device.type))
+    if not wanted:
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16):
+        yield
+
+
+def widened(outputs: Any) -> Any:
+    """Outputs of an autocast model in float32, for the loss."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module, batches: Iterable[Batch], metric: Metric | None = None, recipe: Recipe | None = None
+) -> float:
+    """The mean of a metric over samples, in eval mode; every module's mode is put back. Top-1 accuracy if not given."""
+    ask = metric or top1
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    total = count = 0.0
+    try:
+        for batch in batches:
+            own = layout(batch, module)
+            with autocast(recipe or Recipe(precision="float32"), own.example.tensors()[0].device):
+                outputs = own.example.run(module)
+            total, count = total + ask(widened(outputs), batch.targets) * batch.count, count + batch.count
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    total, count = workers.total([total, count])
+    if not count:
+        raise UsageError("the validation data is empty; give at least one batch of (inputs, targets)")
+    return total / count
+
+
+def top1(outputs: Any, targets: Any) -> float:
+    """The share of samples whose largest output is that of their class."""
+    if not isinstance(targets, Tensor):
+        raise UsageError("the validation batches hold no labels: let every batch be (inputs, targets), or give metric=")
+    return float((first_output(outputs).argmax(1) == targets).float().mean())
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch did; `loss` is the mean over its batches, `accuracy` a share where it was measured."""
+
+    number: int
+    of: int
+    loss: float
+    accuracy: float | None
+
+
+def fit(
+    module: nn.Module,
+    data: Iterable[Any],
+    like: Any,
+    *,
+    epochs: int,
+    recipe: Recipe,
+    val: Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: Callable[[Epoch], None] | None = None,
+) -> tuple[Epoch, ...]:
+    """Train a module in place on `data`, batches of (inputs, targets); random state and mode are as before afterwards.
+
+    like: example inputs. val: is only measured, never used to choose anything.
+    """
+    if epochs < 1:
+        raise UsageError(f"epochs is {epochs}; at least 1 is needed")
+    example, history, training = Example.of(like), [], module.training
+    with kept_random_state():
+        stream = Stream(data, example, seed)
+        loop = Loop(module, stream, epochs * len(stream), recipe)
+        for number in range(1, epochs + 1):
+            loop.forget()
+            for _ in range(len(stream)):
+                loop.step()
+            accuracy = None if val is None else evaluate(module, (batch_of(item, example) for item in val))
+            history.append(Epoch(number, epochs, loop.loss or 0.0, accuracy))
+            if progress is not None:
+                progress(history[-1])
+        loop.finish()
+    module.train(training)
+    return tuple(history)

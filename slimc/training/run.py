@@ -1,0 +1,400 @@
+"""A run: a schedule's phases one after the other, with everything that it takes to go on after an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimc import recover, scores
+from slimc.analysis import Analysis, Stages
+from slimc.errors import UsageError
+from slimc.recover import Task
+from slimc.samples import Samples, affordable, batch_of, collect, to_device
+
+from . import workers
+from .folder import RunFolder
+from .journal import Journal
+from .loop import Hooks, Loss, Metric, evaluate
+from .network import Alive, Network
+from .phase import Phase, Trainer
+from .recipe import Recipe, default_rate
+from .schedule import Schedule
+from .selection import Selection
+from .stream import Stream, kept_random_state, random_state, seed_all
+
+_SAVED_EVERY = 60.0
+_MEASURED_EVERY = 0.5
+_SAMPLES_SEED = 1_000_003
+_SETTLED = 100
+"""Steps after which a batch norm's running statistics have forgotten what was before a cut (0.9 to the 100th)."""
+
+
+@dataclass
+class Point:
+    """One phase as it ended: where the network is and how good it is.
+
+    epochs: trained so far, in all phases. flops: the share of the MACs that is left. accuracy: of the validation
+    data, None where it was not measured. loss: the mean training loss of its last epoch.
+    """
+
+    phase: str
+    epochs: float
+    flops: float
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of a run.
+
+    limits: metric to the largest value allowed. mend: recovery steps after every cut; none as the method was
+    published. ignored: groups that stay whole.
+    """
+
+    limits: Mapping[str, float]
+    epochs: float
+    recipe: Recipe
+    scorer: str
+    round_to: int
+    may_relax: bool
+    mend: tuple[str, ...]
+    ignored: tuple[int, ...] = ()
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """A schedule at work; iterate over it, then take `result`.
+
+    analysis: the model as given. data: training batches, readable again and again; None only where the caller trains
+    every phase. val: batches that nothing is chosen on but what `Recipe.keep` and `patience` say. finish: makes the
+    result of a run that has ended.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        analysis: Analysis,
+        options: Options,
+        *,
+        data: Iterable[Any] | None,
+        val: Iterable[Any] | None,
+        loss: Loss | None,
+        metric: Metric | None,
+        stages: Stages,
+        finish: Callable[[Run], Any],
+        folder: RunFolder | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.schedule, self.analysis, self.options = schedule, analysis, options
+        self.network = Network(analysis)
+        self.selection = Selection(self.network, options.limits, options.round_to, options.may_relax, options.ignored)
+        self.history: list[Point] = []
+        self.spent = 0.0
+        self.loss, self.metric, self.stages, self.folder = loss, metric, stages, folder
+        self._finish, self._data, self._resume = finish, data, resume
+        example = analysis.captured.example
+        device = next((tensor.device for tensor in example.tensors()), None)
+        self.stream = None if data is None else Stream(data, example, options.seed, device)
+        self.val = None if val is None else [to_device(batch_of(item, example), device) for item in val]
+        self._journal = Journal(self._wake)
+        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._middle: Mapping[str, Any] | None = None
+        self._measured_at, self._steps = 0.0, 0
+        self._began = self._saved_at = time.monotonic()
+        self._samples: Samples | None = None
+        self._result: Any = None
+        self._over = False
+
+    # -- for callers ----------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Phase]:
+        """The phases; each is trained when the next one is asked for, unless it was before."""
+        if self._over:
+            return
+        with kept_random_state(), self._alone():
+            seed_all(self.options.seed, _SAMPLES_SEED)
+            checkpoint = None if self.folder is None else self.folder.start(self._resume)
+            if checkpoint is not None:
+                self.history = [Point(**point) for point in checkpoint["history"]]
+                self._journal.recall(checkpoint)
+            for phase in self.schedule.plan(self, **self.options.settings):
+                if self._journal.is_telling:
+                    self._journal.told("phase", partial(self._heed, phase))
+                    continue
+                self.stages.detail(f"{phase.name}: {phase.epochs:.3g} epochs at {100 * self.share:.1f}% of the FLOPs")
+                yield phase
+                phase.train()
+                self._close(phase)
+            self.merge()
+            self._settle()
+            self._check_reached()
+            self._over, self._result = True, self._finish(self)
+            if self.folder is not None and workers.rank() == 0:
+                self.folder.clear()
+
+    @property
+    def result(self) -> Any:
+        """The compressed model; runs every phase that is left."""
+        for _ in self:
+            pass
+        return self._result
+
+    # -- for schedules --------------------------------------------------------------------------------
+
+    @property
+    def share(self) -> float:
+        """The share of the MACs that is left."""
+        whole = self.analysis.full.macs
+        return self.network.costs.macs / whole if whole else 1.0
+
+    @property
+    def reached(self) -> bool:
+        """Whether every budget holds."""
+        return self.selection.meets(self.network.alive)
+
+    @property
+    def left(self) -> float:
+        """Epochs of the budget that are not spent."""
+        return max(0.0, self.options.epochs - self.spent)
+
+    def extend(self, epochs: float) -> None:
+        """Train longer than was asked."""
+        self.options = replace(self.options, epochs=max(epochs, self.options.epochs))
+
+    def phase(
+        self,
+        name: str,
+        epochs: float,
+        *,
+        rate: float = 1.0,
+        hooks: Hooks | None = None,
+        trains: Callable[[str], bool] = lambda name: True,
+        tally: dict[str, Tensor] | None = None,
+        continues: bool = False,
+        **changes: Any,
+    ) -> Phase:
+        """A phase to yield.
+
+        rate: as a share of the recipe's peak. tally: sums that the hooks keep. continues: the optimiser remembers what
+        it did in the phase before. changes: other fields of the recipe. Averages, early stops and the best weights
+        belong to "finetune" alone.
+        """
+        recipe = self.options.recipe
+        if name != "finetune":
+            recipe = replace(recipe, average=0.0, patience=0, keep="last")
+        peak = recipe.rate or default_rate(recipe, self.analysis.model)
+        recipe = replace(recipe, **{"rate": peak * rate, **changes})
+        return Phase(self, name, min(epochs, self.left), recipe, hooks or Hooks(), trains, tally or {}, continues)
+
+    def event(self, kind: str, compute: Callable[[], Any]) -> Any:
+        """Do something that changes the run, or depends on weights, once; what came of it is kept for a restart.
+
+        Gives tensors and plain data only.
+        """
+        if self._journal.is_telling:
+            return self._journal.told(kind)
+        value = compute()
+        self._journal.write(kind, value)
+        return value
+
+    def gate(self) -> None:
+        """Put gates on."""
+        self.event("gate", self.network.gate)
+
+    def merge(self) -> None:
+        """Multiply gates in and take them off."""
+        self.event("merge", self.network.merge)
+
+    def keep(self, name: str) -> None:
+        """Remember all tensors as they are now; they are cut along with the network."""
+        self.event("keep", lambda: self._kept.update({name: {k: t.clone() for k, t in self.network.tensors().items()}}))
+
+    def rewind(self, name: str) -> None:
+        """Put back what `keep` remembered, at the channels that are left."""
+        self.event("rewind", lambda: self.network.put(self._kept[name]))
+
+    def cut(self, choose: Callable[[], Alive], *, mends: bool = True) -> None:
+        """Remove every channel that is not chosen, and fit what is left if the user wants that."""
+        if self._journal.is_telling:
+            self._journal.told("cut", lambda alive: setattr(self.network, "alive", alive.numpy()))
+            return
+        alive = torch.from_numpy(choose() & self.network.alive)
+        workers.same([alive])
+        with self.stages.stage("cut"):
+            self._apply(alive.numpy(), self.options.mend if mends else ())
+        self._journal.write("cut", alive)
+        self.log({"event": "cut", "flops": self.share, "widths": self.network.widths.tolist()})
+
+    def _apply(self, alive: Alive, steps: Sequence[str]) -> None:
+        older = self.network.cut_so_far
+
+        def mend(task: Task) -> None:
+            for name in steps:
+                recover.find(name).run(replace(task, seed=self.options.seed))
+
+        self.network.cut(alive, mend if steps else None, self.samples if steps else None)
+        for name, tensors in self._kept.items():
+            self._kept[name] = self.network.sliced(tensors, older)
+        workers.same(self.network.tensors().values())
+        self._steps = 0
+
+    def score(self, scorer: str, normalise: str = "auto") -> scores.Scores:
+        """A scorer's numbers for the network as it is now, [variables], normalised between groups as it likes."""
+        method = scores.find(scorer)
+        types, grouping = self.network.typed()
+        graph = self.network.graph
+        training = graph.training
+        graph.eval()
+        needed = None if method.needs == "weights" else self.samples
+        subject = scores.Subject(types, grouping, "l2", self.options.seed, needed, self.loss, self.stages.tick)
+        found = scores.normalise(method.score(subject), method.normalisation if normalise == "auto" else normalise)
+        graph.train(training)
+        total = np.full(self.analysis.types.solution.variables, np.nan)
+        for group, own in zip(grouping.groups, found, strict=True):
+            total[group.variables] = own
+        return total
+
+    @property
+    def samples(self) -> Samples:
+        """Some of the training data, in memory: for scores and for mending. The same whenever the run is begun."""
+        if self._samples is None:
+            if self._data is None:
+                raise UsageError("this method needs data= for its scores and for mending after cuts")
+            captured = self.analysis.captured
+            fixed = captured.batch if captured.dynamic_shapes is None else None
+            with kept_random_state():
+                seed_all(self.options.seed, _SAMPLES_SEED)
+                count = affordable(self.analysis.work)
+                self._samples = collect(self._data, captured.example, count, fixed, "training data")
+        return self._samples
+
+    def last_layer(self) -> tuple[str, ...]:
+        """The parameters of the layer that comes last."""
+        for node in reversed(self.analysis.captured.module.graph.nodes):
+            own = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+            if any(name in self.analysis.types.tensors for name in own):
+                return tuple(own)
+        return ()
+
+    # -- for phases -----------------------------------------------------------------------------------
+
+    def train(self, phase: Phase) -> float | None:
+        """Train a phase with the built-in loop; gives the mean loss of its last epoch."""
+        trainer = Trainer(self, phase)
+        if self._middle is not None:
+            trainer.load(self._middle)
+            self._middle = None
+        with self.stages.stage("train"):
+            loss = trainer.run()
+        self._steps += trainer.steps
+        return loss
+
+    def measure(self, phase: Phase) -> float | None:
+        """Validation accuracy at the end of a phase; short phases go unmeasured until half an epoch has passed."""
+        self.spent += phase.epochs
+        if not self.val or (phase.name != "finetune" and self.spent - self._measured_at < _MEASURED_EVERY):
+            return None
+        self._measured_at = self.spent
+        return self.accuracy_of(self.network.module)
+
+    def accuracy_of(self, module: nn.Module) -> float | None:
+        """Validation accuracy of any module; None without validation data."""
+        if not self.val:
+            return None
+        own = self.val[workers.rank() :: workers.count()]
+        return evaluate(module, own, self.metric, self.options.recipe)
+
+    def accuracy_on(self, module: nn.Module, batches: Iterable[Any]) -> float:
+        """Accuracy on other batches, each process for itself."""
+        example = self.analysis.captured.example
+        device = next((tensor.device for tensor in example.tensors()), None)
+        own = (to_device(batch_of(item, example), device) for item in batches)
+        return evaluate(module, own, self.metric, self.options.recipe)
+
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.folder is not None and time.monotonic() - self._saved_at > _SAVED_EVERY
+
+    def save(self, middle: Mapping[str, Any] | None) -> None:
+        """Write a checkpoint; middle: where a phase is, None between phases."""
+        self._saved_at = time.monotonic()
+        if self.folder is None or workers.rank() != 0:
+            return
+        stream = [0, 0] if self.stream is None else [self.stream.epoch, self.stream.index]
+        self.folder.save(
+            {
+                "journal": self._journal.events, "history": [asdict(point) for point in self.history],
+                "network": self.network.state(), "kept": self._kept, "stream": stream, "random": random_state(),
+                "spent": self.spent, "measured_at": self._measured_at, "steps": self._steps, "middle": middle,
+            }
+        )  # fmt: skip
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the run folder's log."""
+        if self.folder is not None and workers.rank() == 0:
+            self.folder.log({"seconds": round(time.monotonic() - self._began, 2), **line})
+
+    # -- between phases -------------------------------------------------------------------------------
+
+    def _close(self, phase: Phase) -> None:
+        found = phase.metrics
+        point = Point(phase.name, self.spent, self.share, found["loss"], found["accuracy"])
+        self.history.append(point)
+        tally = {name: value.clone() for name, value in phase.tally.items()}
+        self._journal.write("phase", {"spent": self.spent, "measured_at": self._measured_at, "tally": tally})
+        self.log({"event": "phase", **asdict(point)})
+        if point.accuracy is not None and workers.rank() == 0:
+            loss = "" if point.loss is None else f", loss {point.loss:.3f}"
+            self.stages.phase(
+                f"  {point.phase}: {point.epochs:.3g} of {self.options.epochs:g} epochs, "
+                f"{100 * point.flops:.1f}% of the FLOPs, accuracy {100 * point.accuracy:.2f}%{loss}"
+            )
+        if self.folder is not None and (phase.epochs >= 1 or self.is_due()):
+            self.save(None)
+
+    def _heed(self, phase: Phase, value: Mapping[str, Any]) -> None:
+        """What a phase left behind that is not trained again."""
+        self.spent, self._measured_at = value["spent"], value["measured_at"]
+        for name, own in value["tally"].items():
+            phase.tally[name].copy_(own)
+
+    def _wake(self, state: Mapping[str, Any]) -> None:
+        """Everything is as the checkpoint left it."""
+        self.network.load(state["network"])
+        self._kept = dict(state["kept"])
+        self.spent, self._measured_at, self._steps = state["spent"], state["measured_at"], state["steps"]
+        self._middle = state["middle"]
+        if self.stream is not None:
+            epoch, index = state["stream"]
+            self.stream.seek(epoch, index, state["random"])
+        self.stages.detail(f"going on after {self.spent:.3g} of {self.options.epochs:g} epochs")
+
+    def _settle(self) -> None:
+        """Measure batch-norm statistics anew where too few steps were trained since the last cut to forget the old."""
+        if self._data is not None and self._steps < _SETTLED:
+            self.event("settle", lambda: self.network.refit(recover.find("bn").run, self.samples))
+
+    def _check_reached(self) -> None:
+        if not self.reached:
+            raise UsageError(
+                f"{self.schedule.name} ended at {100 * self.share:.2f}% of the FLOPs without meeting the budget; "
+                "please report this with the model"
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self.folder is None or workers.rank() != 0:
+            yield
+            return
+        with self.folder.locked():
+            yield

@@ -1,0 +1,89 @@
+"""Schedules by the names that users type.
+
+A schedule is one file in `schedules/`: a generator that yields phases of training and cuts the network between them.
+It is run again from its start when an interrupted run goes on; what it did before is told to it, not done again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slimc.errors import InternalError, UsageError
+
+if TYPE_CHECKING:
+    from .phase import Phase
+
+Plan = Callable[..., "Iterator[Phase]"]
+"""Takes the run and the method's own settings as keywords; yields one phase after the other."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A method that trains and cuts, with its name, one line about it, and its source."""
+
+    name: str
+    summary: str
+    source: str
+    plan: Plan
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's own settings, checked; text is read as the type of the default."""
+        known = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.plan).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        found = {}
+        for name, value in given.items():
+            key = name.replace("-", "_")
+            if key not in known:
+                names = ", ".join(known) or "none"
+                raise UsageError(f"--set {name}: {self.name} has no such setting; it has {names}")
+            found[key] = _read(name, value, known[key])
+        return known | found
+
+
+def _read(name: str, value: Any, default: Any) -> Any:
+    kind = float if default is None else type(default)
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "false": False}[value.lower()]
+        return kind(value)
+    except (TypeError, ValueError, KeyError):
+        raise UsageError(f"--set {name}={value}: wanted a value like {default}") from None
+
+
+_SCHEDULES: dict[str, Schedule] = {}
+
+
+def schedule(name: str, summary: str, source: str) -> Callable[[Plan], Plan]:
+    """Register a schedule under the name that users type."""
+
+    def register(function: Plan) -> Plan:
+        if name in _SCHEDULES:
+            raise InternalError(f"two schedules are called {name!r}")
+        _SCHEDULES[name] = Schedule(name, summary, source, function)
+        return function
+
+    return register
+
+
+def schedules() -> dict[str, Schedule]:
+    """All schedules by name; the folder listing is the registry."""
+    package = importlib.import_module("slimc.schedules")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"slimc.schedules.{module.name}")
+    return dict(sorted(_SCHEDULES.items()))
+
+
+def find(name: str) -> Schedule:
+    """The schedule of that name."""
+    known = schedules()
+    if name not in known:
+        raise UsageError(f"--schedule {name}: known are one-shot, {', '.join(known)}")
+    return known[name]

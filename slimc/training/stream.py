@@ -1,0 +1,114 @@
+"""The stream of training batches: any loader, read again and again, that can be put back to where it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimc.errors import UsageError
+from slimc.graph.capture import Example
+from slimc.samples import Batch, batch_of, to_device
+
+from . import workers
+
+
+class Stream:
+    """Batches without end; an epoch is one pass over the loader.
+
+    Every epoch starts from random state of its own, given by seed and number, so that order and augmentation are the
+    same however often the run was interrupted. With several processes each reads the whole epoch and takes its share
+    of every batch, so that together they see what one process would.
+    """
+
+    def __init__(self, loader: Iterable[Any], like: Example, seed: int, device: torch.device | None = None) -> None:
+        if isinstance(loader, Iterator):
+            raise UsageError("the training data can be read only once; give a DataLoader or a list of batches")
+        self._loader, self._like, self._seed, self._device = loader, like, seed, device
+        self.epoch, self.index = 0, 0
+        self._batches: Iterator[Any] | None = None
+        self._length: int | None = len(loader) if isinstance(loader, Sized) else None
+
+    def __len__(self) -> int:
+        """Batches in an epoch; a loader that does not say is counted once."""
+        if self._length is None:
+            with kept_random_state():
+                seed_all(self._seed, 0)
+                self._length = sum(1 for _ in self._loader)
+        if not self._length:
+            raise UsageError("the training data is empty; give at least one batch of (inputs, targets)")
+        return self._length
+
+    def next(self) -> Batch:
+        """The next batch, this process's share of it."""
+        if self._batches is None:
+            self._open()
+        assert self._batches is not None
+        item = next(self._batches, None)
+        if item is None:
+            if self.index == 0:
+                raise UsageError("the training data is empty; give at least one batch of (inputs, targets)")
+            self.epoch, self.index, self._batches = self.epoch + 1, 0, None
+            return self.next()
+        self.index += 1
+        whole = batch_of(item, self._like)
+        return to_device(workers.share(whole), self._device)
+
+    def seek(self, epoch: int, index: int, state: dict[str, Any]) -> None:
+        """Go to a place: batches before it are read and dropped, then the random state is put as it was there."""
+        self.epoch, self.index = epoch, index
+        if index:
+            self._open()
+        set_random_state(state)
+
+    def _open(self) -> None:
+        seed_all(self._seed, self.epoch)
+        self._batches = iter(self._loader)
+        for _ in range(self.index):
+            next(self._batches, None)
+
+
+def seed_all(seed: int, epoch: int) -> None:
+    """Seed torch, numpy and Python from two numbers."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    np.random.seed(mixed)
+    random.seed(mixed)
+
+
+class kept_random_state:
+    """Puts torch's, numpy's and Python's random state back at the end."""
+
+    def __enter__(self) -> None:
+        self._state = random_state()
+
+    def __exit__(self, *_: object) -> None:
+        set_random_state(self._state)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training may draw from, as tensors and plain data."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, numbers, following = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(numbers), following],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, following = state["python"]
+    random.setstate((version, tuple(numbers), following))
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
