@@ -121,7 +121,7 @@ def trained_digits_net(
     fit(
         model,
         loader,
-        next(iter(validation))[0][:2],
+        data.validation.tensors[0][:2],
         epochs=epochs,
         recipe=recipe,
         val=validation,
@@ -155,7 +155,7 @@ def run(
     test, validation = (batches(part, batch_size=256) for part in (data.test, data.validation))
     tell("stage", "train")
     model = trained_digits_net(data, seed=seed, progress=epoch)
-    example = next(iter(test))[0][:2]
+    example = data.test.tensors[0][:2]
     training = schedule(
         "one-shot", model, example, flops=flops, epochs=FINETUNE_EPOCHS, data=batches(data.train, shuffle=True),
         val=validation, test=test, scorer="magnitude", recover="none", recipe=Recipe(rate=0.02), seed=seed,

@@ -10,14 +10,20 @@ from torch.utils.data import TensorDataset
 
 from slimc.demo import SIDE, Digits, DigitsNet, batches, digits, trained_digits_net
 from slimc.errors import UsageError
-from slimc.training import Epoch, evaluate, finetune, parameter_groups, seeded, train, warmup_cosine
+from slimc.graph.capture import Example
+from slimc.samples import Batch, batch_of
+from slimc.training.loop import Epoch, Loop, evaluate, fit
+from slimc.training.recipe import Recipe, factor, parameter_groups
+from slimc.training.stream import Stream, kept_random_state, random_state, seed_all
 
-CPU = torch.device("cpu")
+LIKE = torch.zeros(2, 4)
+PLAIN = Recipe(rate=0.1, precision="float32")
 
 
 def separable(count: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Two classes that a linear layer tells apart."""
-    with seeded(0, CPU):
+    with kept_random_state():
+        seed_all(0, 0)
         targets = torch.randint(0, 2, (count,))
         inputs = torch.randn(count, 4) + 4.0 * (2 * targets - 1).unsqueeze(1)
     return [(inputs[start : start + 16], targets[start : start + 16]) for start in range(0, count, 16)]
@@ -36,8 +42,17 @@ class SmallNet(nn.Module):
 
 
 def small_net() -> SmallNet:
-    with seeded(0, CPU):
+    with kept_random_state():
+        seed_all(0, 0)
         return SmallNet()
+
+
+def train(model: nn.Module, data: Any, *, epochs: int, recipe: Recipe = PLAIN, **options: Any) -> tuple[Epoch, ...]:
+    return fit(model, data, LIKE, epochs=epochs, recipe=recipe, **options)
+
+
+def batches_of(data: Any) -> list[Batch]:
+    return [batch_of(item, Example.of(LIKE)) for item in data]
 
 
 def noise_digits() -> Digits:
@@ -52,10 +67,10 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_training_learns_what_can_be_learned() -> None:
     model, data = small_net(), separable()
     nn.init.zeros_(model.last.weight)  # every input scores alike, so that all are given one class
-    before = evaluate(model, data)
-    history = train(model, data, epochs=3, seed=0)
+    before = evaluate(model, batches_of(data))
+    history = train(model, data, epochs=3)
     assert before < 0.8
-    assert evaluate(model, data) == 1.0
+    assert evaluate(model, batches_of(data)) == 1.0
     assert history[-1].loss < history[0].loss
 
 
@@ -83,9 +98,17 @@ def test_modes_are_restored_module_by_module(mode: bool) -> None:
     model = small_net().train(mode)
     model.norm.train(not mode)
     before = [module.training for module in model.modules()]
-    train(model, separable(), epochs=1, validation=separable(), seed=0)
-    evaluate(model, separable())
+    train(model, separable(), epochs=1, val=separable())
     assert [module.training for module in model.modules()] == before
+
+
+def test_a_norm_that_its_user_froze_in_eval_mode_keeps_its_statistics() -> None:
+    model = small_net().train()
+    model.norm.eval()
+    before = state(model)
+    train(model, separable(), epochs=1)
+    assert torch.equal(model.norm.running_mean, before["norm.running_mean"])  # type: ignore[arg-type]
+    assert not torch.equal(model.norm.weight, before["norm.weight"])
 
 
 def test_modes_are_restored_when_a_batch_is_refused() -> None:
@@ -98,23 +121,22 @@ def test_modes_are_restored_when_a_batch_is_refused() -> None:
 def test_evaluation_changes_no_weight_and_no_statistic() -> None:
     model = small_net()
     before = state(model)
-    evaluate(model, separable())
+    evaluate(model, batches_of(separable()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_evaluation_counts_pictures_and_not_batches() -> None:
-    model = nn.Identity()
     one_hot = torch.eye(2)
     # three of four right in the first batch, none of one in the second: 3/5, while the mean of batches is 3/8
     data = [(one_hot[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 0])), (one_hot[[0]], torch.tensor([1]))]
-    assert evaluate(model, data) == 3 / 5
+    found = evaluate(nn.Identity(), [batch_of(item, Example.of(one_hot)) for item in data])
+    assert found == pytest.approx(3 / 5)
 
 
 def test_norms_and_biases_are_not_decayed() -> None:
-    model = small_net()
-    decayed, free = parameter_groups(model, 0.1)
-    assert [p.shape for p in decayed["params"]] == [(8, 4), (2, 8)]
-    assert len(free["params"]) == 4  # two biases, norm weight and norm bias
+    decayed, free = parameter_groups(small_net().named_parameters(), 0.1)
+    assert [p.shape for p in decayed["params"]] == [(8, 4), (2, 8)]  # type: ignore[attr-defined]
+    assert len(free["params"]) == 4  # type: ignore[arg-type]  # two biases, norm weight and norm bias
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
 
 
@@ -122,27 +144,85 @@ def test_frozen_parameters_stay() -> None:
     model = small_net()
     model.first.weight.requires_grad_(False)
     before = state(model)
-    train(model, separable(), epochs=1, seed=0)
+    train(model, separable(), epochs=1)
     assert torch.equal(model.first.weight, before["first.weight"])
     assert not torch.equal(model.last.weight, before["last.weight"])
 
 
-def test_the_learning_rate_rises_then_falls_to_zero() -> None:
-    factors = [warmup_cosine(step, steps=100) for step in range(101)]
-    assert factors[:10] == [(step + 1) / 10 for step in range(10)]
-    assert factors[10] == 1.0
-    assert all(later < earlier for earlier, later in pairwise(factors[10:]))
-    assert factors[100] == 0.0
+def test_the_cosine_rises_then_falls_to_zero() -> None:
+    at = factor(Recipe(warmup=0.1), 100)
+    assert [at(step) for step in range(10)] == [(step + 1) / 10 for step in range(10)]
+    assert at(10) == 1.0
+    assert all(later < earlier for earlier, later in pairwise(at(step) for step in range(10, 101)))
+    assert at(100) == 0.0
 
 
-def test_finetuning_moves_the_weights_less_than_training() -> None:
-    moved: list[float] = []
-    for method in (train, finetune):
+def test_the_steps_fall_by_ten_at_half_and_at_three_quarters() -> None:
+    at = factor(Recipe(shape="step", warmup=0.0), 100)
+    assert [at(step) for step in (0, 49)] == [1.0, 1.0]
+    assert [at(step) for step in (50, 74, 75, 99)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+
+
+def test_the_triangle_begins_and_ends_at_a_tenth_of_its_peak() -> None:
+    at = factor(Recipe(shape="triangle"), 1001)
+    assert at(500) == pytest.approx(1.0)
+    assert at(0) == pytest.approx(at(1000)) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_an_average_of_the_weights_lags_behind_them() -> None:
+    moved = []
+    for average in (0.0, 0.9):
         model = small_net()
         before = model.first.weight.detach().clone()
-        method(model, separable(), epochs=2, seed=0)
+        train(model, separable(), epochs=2, recipe=Recipe(rate=0.1, average=average, precision="float32"))
         moved.append(float((model.first.weight.detach() - before).norm()))
-    assert 0 < moved[1] < moved[0] / 2
+    assert 0 < moved[1] < moved[0]
+
+
+def test_distillation_alone_needs_no_labels_and_gives_the_teachers_outputs() -> None:
+    teacher, student = small_net().eval(), small_net()
+    nn.init.zeros_(student.last.weight)
+    data = [inputs for inputs, _ in separable()]
+    recipe = Recipe(rate=0.1, distil=1.0, precision="float32")
+    before = nn.functional.mse_loss(student.eval()(data[0]), teacher(data[0]))
+    with kept_random_state():
+        stream = Stream(data, Example.of(LIKE), 0)
+        loop = Loop(student, stream, 40, recipe, teacher=teacher)
+        for _ in range(40):
+            loop.step()
+        loop.finish()
+    assert nn.functional.mse_loss(student.eval()(data[0]), teacher(data[0])) < before / 2
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_loop_goes_on_bit_for_bit(average: float) -> None:
+    recipe, data = Recipe(rate=0.1, average=average, precision="float32"), separable()
+    with kept_random_state():
+        whole = small_net()
+        stream = Stream(data, Example.of(LIKE), 5)
+        loop = Loop(whole, stream, 7, recipe)
+        for _ in range(7):
+            loop.step()
+        loop.finish()
+
+        first = small_net()
+        stream = Stream(data, Example.of(LIKE), 5)
+        loop = Loop(first, stream, 7, recipe)
+        for _ in range(3):
+            loop.step()
+        saved, place, random = loop.state(), (stream.epoch, stream.index), random_state()
+        weights = {name: value.clone() for name, value in first.state_dict().items()}
+
+        second = small_net()
+        second.load_state_dict(weights)
+        stream = Stream(data, Example.of(LIKE), 5)
+        stream.seek(*place, random)
+        loop = Loop(second, stream, 7, recipe)
+        loop.load(saved)
+        while loop.done < 7:
+            loop.step()
+        loop.finish()
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 def test_a_loss_of_ones_own_is_used() -> None:
@@ -152,13 +232,22 @@ def test_a_loss_of_ones_own_is_used() -> None:
         calls.append(len(targets))
         return nn.functional.mse_loss(outputs, nn.functional.one_hot(targets, 2).float())
 
-    train(small_net(), separable(), epochs=2, loss=loss, seed=0)
+    with kept_random_state():
+        loop = Loop(small_net(), Stream(separable(), Example.of(LIKE), 0), 8, PLAIN, loss=loss)
+        for _ in range(8):
+            loop.step()
     assert calls == [16] * 8
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    data = [(torch.full((4, 4), torch.inf), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(UsageError, match="loss is nan at step 1"):
+        train(small_net(), data, epochs=1)
 
 
 def test_every_epoch_is_reported() -> None:
     seen: list[Epoch] = []
-    history = train(small_net(), separable(), epochs=3, validation=separable(), progress=seen.append)
+    history = train(small_net(), separable(), epochs=3, val=separable(), progress=seen.append)
     assert tuple(seen) == history
     assert [(epoch.number, epoch.of) for epoch in seen] == [(1, 3), (2, 3), (3, 3)]
     assert all(epoch.accuracy is not None for epoch in seen)
@@ -166,7 +255,7 @@ def test_every_epoch_is_reported() -> None:
 
 @pytest.mark.parametrize(
     ("data", "epochs", "message"),
-    [([], 1, "empty"), (iter(separable()), 1, "no length"), (separable(), 0, "at least 1")],
+    [([], 1, "empty"), (iter(separable()), 1, "only once"), (separable(), 0, "at least 1")],
 )
 def test_training_on_nothing_is_refused(data: Any, epochs: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -176,6 +265,12 @@ def test_training_on_nothing_is_refused(data: Any, epochs: int, message: str) ->
 def test_evaluation_on_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
         evaluate(small_net(), [])
+
+
+@pytest.mark.parametrize(("name", "value"), [("warmup", 1.5), ("average", -0.1), ("distil", 2.0), ("rate", 0.0)])
+def test_a_recipe_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match="learning rate" if name == "rate" else name):
+        Recipe(**{name: value})  # type: ignore[arg-type]
 
 
 def test_the_digits_split_is_stratified_fixed_and_without_overlap() -> None:

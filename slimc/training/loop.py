@@ -67,6 +67,8 @@ class Loop:
         self._loss = loss or functools.partial(_cross_entropy, smoothing=recipe.smoothing)
         self._hooks = hooks or Hooks()
         self._teacher = teacher if recipe.distil else None
+        # Users freeze single norms by putting just those in eval mode.
+        self._still = [part for part in module.modules() if module.training and not part.training]
         self._named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point()]
         self._wanted = [p.requires_grad for _, p in self._named]
         for name, parameter in self._named:
@@ -102,6 +104,8 @@ class Loop:
         """One step; raises UsageError where the loss is not finite."""
         batch = self.stream.next()
         self.module.train()
+        for part in self._still:
+            part.eval()
         self.optimiser.zero_grad(set_to_none=True)
         value = self._value(batch)
         if not bool(torch.isfinite(value)):
@@ -243,24 +247,31 @@ def widened(outputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
 
 
+@contextlib.contextmanager
+def restored_modes(module: nn.Module) -> Iterator[None]:
+    """Put train or eval mode back, module by module."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 @torch.no_grad()
 def evaluate(
     module: nn.Module, batches: Iterable[Batch], metric: Metric | None = None, recipe: Recipe | None = None
 ) -> float:
     """The mean of a metric over samples, in eval mode; every module's mode is put back. Top-1 accuracy if not given."""
     ask = metric or top1
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
     total = count = 0.0
-    try:
+    with restored_modes(module):
+        module.eval()
         for batch in batches:
             own = layout(batch, module)
             with autocast(recipe or Recipe(precision="float32"), own.example.tensors()[0].device):
                 outputs = own.example.run(module)
             total, count = total + ask(widened(outputs), batch.targets) * batch.count, count + batch.count
-    finally:
-        for part, training in modes.items():
-            part.training = training
     total, count = workers.total([total, count])
     if not count:
         raise UsageError("the validation data is empty; give at least one batch of (inputs, targets)")
@@ -301,8 +312,8 @@ def fit(
     """
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}; at least 1 is needed")
-    example, history, training = Example.of(like), [], module.training
-    with kept_random_state():
+    example, history = Example.of(like), []
+    with kept_random_state(), restored_modes(module):
         stream = Stream(data, example, seed)
         loop = Loop(module, stream, epochs * len(stream), recipe)
         for number in range(1, epochs + 1):
@@ -314,5 +325,4 @@ def fit(
             if progress is not None:
                 progress(history[-1])
         loop.finish()
-    module.train(training)
     return tuple(history)
