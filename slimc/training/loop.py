@@ -110,7 +110,7 @@ class Loop:
         value = self._value(batch)
         if not bool(torch.isfinite(value)):
             raise UsageError(
-                f"the loss is {float(value)} at step {self.done + 1} of {self.steps}: lower the learning rate "
+                f"the loss is {float(value.detach())} at step {self.done + 1} of {self.steps}: lower the learning rate "
                 "(--rate), or look at the data"
             )
         weight = workers.weight(batch)
