@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .console import Console
-from .errors import Interrupted, SlimcError, UsageError
+from .errors import SlimcError, UsageError
 
 if TYPE_CHECKING:
     from .graph.capture import Example
@@ -113,13 +113,16 @@ def compress(
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
         if training is not None and data is not None:
-            slim = training.run(
-                loaded.model, example, data=data, folder=Path(f"{folder}-run"), **targets, scorer=scorer,
-                recover=recover, ignore=ignore or (), round_to=round_to, seed=seed, model_name=model,
-                progress=console.progress,
-            )  # fmt: skip
-            if slim is not None:
-                _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
+            from .training.command import resumable
+
+            kept = Path(f"{folder}-run")
+            with resumable(kept):
+                slim = training.run(
+                    loaded.model, example, data=data, folder=kept, **targets, scorer=scorer, recover=recover,
+                    ignore=ignore or (), round_to=round_to, seed=seed, model_name=model, progress=console.progress,
+                )  # fmt: skip
+                if slim is not None:
+                    _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
             return
         batches = open_data(data, example) if data else None
         slim = compiler.compress(
@@ -358,9 +361,6 @@ def _finish(
         console.report(slim.report, folder)
 
 
-_INTERRUPTED = "interrupted; nothing was written. Run the same command again to start over."
-
-
 def main() -> NoReturn:
     """Run the command line; errors become one message and an exit code."""
     # Threads that wait must sleep: with other programs on the cores, OpenMP's spinning was measured to make a proof
@@ -386,8 +386,7 @@ def _guarded(command: Callable[[], Any]) -> int:
         # Typer makes an exit with this code of an interrupt.
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
         if code == 130:
-            kept = str(end) if isinstance(end, Interrupted) else _INTERRUPTED
-            print(f"slimc: {kept}", file=sys.stderr)
+            print("slimc: interrupted; nothing was written. Run the same command again to start over.", file=sys.stderr)
         return code
     except MemoryError:
         print("slimc: out of memory. Give a smaller example with --input, or run on a larger machine.", file=sys.stderr)

@@ -8,6 +8,7 @@ SlimcError                  exit code 2 unless a subclass says otherwise
 ├── OutputError             a result that cannot be written
 ├── UnreachableTarget  (3)  no cut meets the budget; names the smallest that can
 ├── VerificationError  (4)  the rewritten model differs from the masked original
+├── Interrupted      (130)  a training run was stopped, and is kept to be gone on with
 ├── ParityError        (4)  an exported file differs from the model it came from
 └── InternalError      (1)  slimc broke one of its own rules: a bug of ours, please report
 """
@@ -61,8 +62,10 @@ class ParityError(SlimcError):
     exit_code = 4
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(SlimcError):
     """A run was stopped on the user's wish after a whole step; the message says how to go on."""
+
+    exit_code = 130
 
 
 class InternalError(SlimcError):

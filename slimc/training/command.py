@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from slimc.errors import UsageError
+from slimc.errors import Interrupted, UsageError
 from slimc.graph.capture import Example
 from slimc.result import Compressed
 
@@ -17,6 +18,7 @@ from . import schedule as registry
 from . import workers
 from .api import schedule
 from .feeds import BATCH, open_training
+from .folder import RunFolder
 from .recipe import Recipe
 
 
@@ -55,3 +57,18 @@ class Training:
                 folder=folder, resume=self.resume, **options,
             ).result  # fmt: skip
             return found if workers.rank() == 0 else None
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """An interrupt at any moment says how to go on, where anything has been kept; a run that succeeds is cleared."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not RunFolder.holds_run(folder):
+            raise
+        raise Interrupted(
+            f"interrupted; the run is kept in {folder} up to its last checkpoint. To go on: the same command with "
+            "--resume"
+        ) from None
+    RunFolder.clear(folder)

@@ -98,10 +98,16 @@ class RunFolder:
                 raise UsageError(f"{self.path} is in use by another slimc that is running now") from None
             yield
 
-    def clear(self) -> None:
-        """Remove the checkpoints of a run that has ended; the log stays."""
-        for path in (self.path / _MANIFEST, *self.path.glob("checkpoint-*.pt")):
-            path.unlink(missing_ok=True)
+    @staticmethod
+    def holds_run(path: Path) -> bool:
+        """Whether there is a run to go on with."""
+        return (path / _MANIFEST).exists()
+
+    @staticmethod
+    def clear(path: Path) -> None:
+        """Remove the checkpoints of a run whose result is safe; the log stays."""
+        for file in (path / _MANIFEST, *path.glob("checkpoint-*.pt"), path / _LOCK):
+            file.unlink(missing_ok=True)
 
     def _create(self) -> None:
         try:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,18 +127,17 @@ class Trainer:
     def run(self) -> float | None:
         """Train to the end; gives the mean loss of the last epoch. Interrupted where the user wants to stop."""
         loop, stream, recipe = self._loop, self._stream, self._phase.recipe
-        with _stoppable() as wish:
-            while loop.done < loop.steps and not (recipe.patience and self._worse >= recipe.patience):
-                loop.step()
-                self._tell()
-                ended = stream.index == len(stream)
-                if ended:
-                    self._end_epoch()
-                stop = workers.any_of(wish.is_set())
-                if stop or self._run.is_due() or (ended and self._run.folder is not None):
-                    self._run.save(self.state())
-                if stop:
-                    raise Interrupted(self._how_to_go_on())
+        while loop.done < loop.steps and not (recipe.patience and self._worse >= recipe.patience):
+            if workers.any_of(self._run.wish.is_set()):
+                self._run.save(self.state())
+                raise Interrupted(self._how_to_go_on())
+            loop.step()
+            self._tell()
+            ended = stream.index == len(stream)
+            if ended:
+                self._end_epoch()
+            if self._run.is_due() or (ended and self._run.folder is not None):
+                self._run.save(self.state())
         loss = loop.loss if loop.loss is not None else self._last
         loop.finish()
         if recipe.keep == "best" and self._best is not None:
@@ -201,25 +197,3 @@ class Trainer:
         if self._run.folder is None:
             return f"interrupted {where}; without a run folder nothing was kept"
         return f"interrupted {where}; it is kept in {self._run.folder.path}. To go on: the same command with --resume"
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """The first interrupt is a wish; the second one interrupts at once."""
-    wish = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield wish
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        if wish.is_set():
-            signal.signal(signal.SIGINT, before)
-            raise KeyboardInterrupt
-        wish.set()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield wish
-    finally:
-        signal.signal(signal.SIGINT, before)

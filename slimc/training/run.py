@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,7 +107,8 @@ class Run:
         example = analysis.captured.example
         device = next((tensor.device for tensor in example.tensors()), None)
         self.stream = None if data is None else Stream(data, example, options.seed, device)
-        self.val = None if val is None else [to_device(batch_of(item, example), device) for item in val]
+        with kept_random_state():  # a DataLoader draws from the global state even where it does not shuffle
+            self.val = None if val is None else [to_device(batch_of(item, example), device) for item in val]
         self._journal = Journal(self._wake)
         self._kept: dict[str, dict[str, Tensor]] = {}
         self._middle: Mapping[str, Any] | None = None
@@ -114,6 +117,7 @@ class Run:
         self._samples: Samples | None = None
         self._result: Any = None
         self._over = False
+        self.wish = threading.Event()
 
     # -- for callers ----------------------------------------------------------------------------------
 
@@ -139,8 +143,6 @@ class Run:
             self._settle()
             self._check_reached()
             self._over, self._result = True, self._finish(self)
-            if self.folder is not None and workers.rank() == 0:
-                self.folder.clear()
 
     @property
     def result(self) -> Any:
@@ -230,7 +232,7 @@ class Run:
             return
         alive = torch.from_numpy(choose() & self.network.alive)
         workers.same([alive])
-        with self.stages.stage("cut"):
+        with self.stages.stage("cut"), self._listening():
             self._apply(alive.numpy(), self.options.mend if mends else ())
         self._journal.write("cut", alive)
         self.log({"event": "cut", "flops": self.share, "widths": self.network.widths.tolist()})
@@ -294,7 +296,7 @@ class Run:
         if self._middle is not None:
             trainer.load(self._middle)
             self._middle = None
-        with self.stages.stage("train"):
+        with self.stages.stage("train"), self._listening():
             loss = trainer.run()
         self._steps += trainer.steps
         return loss
@@ -344,6 +346,25 @@ class Run:
         if self.folder is not None and workers.rank() == 0:
             self.folder.log({"seconds": round(time.monotonic() - self._began, 2), **line})
 
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """The first interrupt is a wish, heard after the next whole step; the second one interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def note(number: int, frame: Any) -> None:
+            if self.wish.is_set():
+                raise KeyboardInterrupt
+            self.wish.set()
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     # -- between phases -------------------------------------------------------------------------------
 
     def _close(self, phase: Phase) -> None:
@@ -359,7 +380,7 @@ class Run:
                 f"  {point.phase}: {point.epochs:.3g} of {self.options.epochs:g} epochs, "
                 f"{100 * point.flops:.1f}% of the FLOPs, accuracy {100 * point.accuracy:.2f}%{loss}"
             )
-        if self.folder is not None and (phase.epochs >= 1 or self.is_due()):
+        if self.folder is not None and (phase.name == "finetune" or phase.epochs >= 1 or self.is_due()):
             self.save(None)
 
     def _heed(self, phase: Phase, value: Mapping[str, Any]) -> None:
