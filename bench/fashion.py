@@ -21,21 +21,34 @@ from slimc.datasets import fashion_mnist
 from slimc.demo import ResidualBlock
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-EPOCHS = {"resnet20": 10, "vgg11_bn": 5, "vit": 8}
+EPOCHS = {"resnet20": 10, "resnet56": 10, "vgg11_bn": 5, "vit": 8}
 VALIDATION = 10_000
 BATCH = 128
 
 
-def resnet20() -> nn.Module:
-    """ResNet-20 of He et al. 2016, section 4.2, for one input channel, with convolutions in the changing shortcuts."""
+def resnet(blocks_each: int) -> nn.Module:
+    """ResNet of He et al. 2016, section 4.2, for one input channel, with convolutions in the changing shortcuts.
+
+    blocks_each: 3 for ResNet-20, 9 for ResNet-56.
+    """
     blocks: list[nn.Module] = []
     width = 16
     for outputs, stride in ((16, 1), (32, 2), (64, 2)):
-        for index in range(3):
+        for index in range(blocks_each):
             blocks.append(ResidualBlock(width, outputs, stride if index == 0 else 1))
             width = outputs
     stem = (nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def resnet20() -> nn.Module:
+    """ResNet-20."""
+    return resnet(3)
+
+
+def resnet56() -> nn.Module:
+    """ResNet-56."""
+    return resnet(9)
 
 
 def vgg11_bn() -> nn.Module:
@@ -61,7 +74,7 @@ def vit() -> nn.Module:
     return model
 
 
-NETWORKS = {"resnet20": resnet20, "vgg11_bn": vgg11_bn, "vit": vit}
+NETWORKS = {"resnet20": resnet20, "resnet56": resnet56, "vgg11_bn": vgg11_bn, "vit": vit}
 
 
 class Fashion:

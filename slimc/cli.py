@@ -95,7 +95,8 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress MODEL until every target holds, prove the result, export and measure it."""
-    with Console(quiet, as_json, stages=12) as console:
+    # Of several processes that train together the first one speaks.
+    with Console(quiet or os.environ.get("RANK", "0") != "0", as_json, stages=12) as console:
         from . import budget, compiler, scores
         from .data import open_data
 

@@ -54,7 +54,7 @@ class Training:
             found: Compressed = schedule(
                 self.schedule, model, example, epochs=self.epochs, data=feeds.train, val=feeds.validation,
                 test=feeds.test, recipe=Recipe(rate=self.rate, distil=self.distil), settings=self._settings(),
-                folder=folder, resume=self.resume, **options,
+                folder=folder, resume=self.resume, device=workers.device(), **options,
             ).result  # fmt: skip
             return found if workers.rank() == 0 else None
 

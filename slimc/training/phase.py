@@ -140,6 +140,7 @@ class Trainer:
                 self._run.save(self.state())
         loss = loop.loss if loop.loss is not None else self._last
         loop.finish()
+        workers.same(self._phase.module.buffers())  # each process has batch statistics of its own
         if recipe.keep == "best" and self._best is not None:
             self._phase.module.load_state_dict(self._weights)
         self._run.network.optimiser = loop.memory()

@@ -127,7 +127,7 @@ class Run:
             return
         with kept_random_state(), self._alone():
             seed_all(self.options.seed, _SAMPLES_SEED)
-            checkpoint = None if self.folder is None else self.folder.start(self._resume)
+            checkpoint = workers.from_first(self._start)
             if checkpoint is not None:
                 self.history = [Point(**point) for point in checkpoint["history"]]
                 self._journal.recall(checkpoint)
@@ -382,6 +382,9 @@ class Run:
             )
         if self.folder is not None and (phase.name == "finetune" or phase.epochs >= 1 or self.is_due()):
             self.save(None)
+
+    def _start(self) -> dict[str, Any] | None:
+        return None if self.folder is None else self.folder.start(self._resume)
 
     def _heed(self, phase: Phase, value: Mapping[str, Any]) -> None:
         """What a phase left behind that is not trained again."""
