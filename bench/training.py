@@ -190,7 +190,7 @@ def write_page() -> None:
     lines = ["# Schedules against each other, with the same epochs", "", header(), ""]
     lines += [
         "Percent right on 10,000 validation pictures of Fashion-MNIST that nothing was chosen by. All methods start",
-        "from the same checkpoints and have the same epochs in all, cutting, sparse training and fine-tuning included, the",
+        "from the same checkpoints and have the same epochs in all, all phases included, the",
         "same recipe (SGD, Nesterov momentum 0.9, peak rate 0.05, cosine, batch 128, mirrored and moved pictures) and",
         "any width. *fitted*: layers are fitted again without labels after every cut (ours); else the method is as it",
         "was published. `tp:` is Torch-Pruning 1.6.0. Baselines were trained for "

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from slimc.report import (
     RecoveryStep,
     Report,
     TargetResult,
+    Training,
+    TrainingPoint,
     Verification,
     render_html,
     write_html,
@@ -30,7 +33,7 @@ from slimc.report import format as text
 from slimc.report.html import frozen_rows, verdict
 from slimc.report.svg import COLUMNS_PER_STRIP
 
-OPTIONAL_STAGES = ("memory", "verification", "recovery", "accuracy", "onnx", "latency")
+OPTIONAL_STAGES = ("memory", "verification", "recovery", "training", "accuracy", "onnx", "latency")
 
 
 def groups_of(count: int) -> tuple[GroupRow, ...]:
@@ -151,6 +154,35 @@ def test_a_report_survives_json(report: Report, tmp_path: Path) -> None:
     assert Report.read_json(tmp_path / "report.json") == report
 
 
+def trained_report() -> Report:
+    points = (
+        TrainingPoint("tock", 1.0, 1.0, 0.31, 0.91),
+        TrainingPoint("tick", 1.1, 0.7, 0.35, None),
+        TrainingPoint("finetune", 4.0, 0.4, 0.28, 0.905),
+    )
+    training = Training("tick-tock", 4.0, 0.912, {"ticks": "10"}, ("reconstruct", "bn"), points)
+    return replace(full_report(), training=training, accuracy=Accuracy("top1", 0.9, None, 0.89, "validation"))
+
+
+def test_training_is_drawn_and_read_back() -> None:
+    report = trained_report()
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    page = render_html(report)
+    assert page.count("<circle") - render_html(replace(report, training=None)).count("<circle") == 2
+    assert "tick-tock, 4 epochs in all" in page
+    assert "tock: 100.0% of the FLOPs, 91.00%, 1 epochs" in page
+    assert "validation" in page
+
+
+def test_training_that_was_never_measured_has_a_table_and_no_picture() -> None:
+    report = trained_report()
+    assert report.training is not None
+    unseen = tuple(replace(point, accuracy=None) for point in report.training.points)
+    page = render_html(replace(report, training=replace(report.training, points=unseen, before=None), accuracy=None))
+    assert "trajectory" not in page.partition("</style>")[2]
+    assert "All 3 phases" in page
+
+
 def test_the_file_has_the_documented_form() -> None:
     data = full_report().to_dict()
     assert data["targets"]["flops"] == {"asked": 0.4, "got": 0.3999, "before": 4089184256, "after": 1635264000}
@@ -164,7 +196,7 @@ def test_the_file_has_the_documented_form() -> None:
     }
     assert data["onnx"].keys() == {"path", "opset", "dynamic_batch", "max_relative_error"}
     assert data["latency"][0]["ci95"] == [1.79, 1.88]
-    assert data["accuracy"].keys() == {"metric", "before", "pruned", "after"}
+    assert data["accuracy"].keys() == {"metric", "before", "pruned", "after", "data"}
     assert data["groups"][0]["members"] == [["layer0.conv1.weight", 0], ["layer0.bn1.weight", 0]]
 
 

@@ -142,10 +142,14 @@ class TrainingPoint:
 
 @dataclass(frozen=True)
 class Training:
-    """How a schedule trained and cut: its settings, what was fitted after every cut, and one point for each phase."""
+    """How a schedule trained and cut: its settings, what was fitted after every cut, and one point for each phase.
+
+    before: accuracy of the original on the validation data; null without any.
+    """
 
     schedule: str
     epochs: float
+    before: float | None
     settings: Mapping[str, str]
     mended: tuple[str, ...]
     points: tuple[TrainingPoint, ...]

@@ -149,7 +149,8 @@ def _compressed(
         slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
     points = tuple(TrainingPoint(p.phase, p.epochs, p.flops, p.loss, p.accuracy) for p in run.history)
     settings = {key: str(value) for key, value in options.settings.items()}
-    training = Training(run.schedule.name, options.epochs, settings, options.mend, points)
+    before = run.accuracy_of(analysis.model)
+    training = Training(run.schedule.name, options.epochs, before, settings, options.mend, points)
     accuracy = _accuracy(run, slim, test)
     slim.report = replace(slim.report, training=training, accuracy=accuracy, seconds=dict(run.stages.seconds))
     return slim
