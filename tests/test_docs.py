@@ -71,3 +71,31 @@ def test_the_page_of_scorers_names_each_with_its_need_and_source() -> None:
         row = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), None)
         assert row is not None, f"docs/scorers.md lacks {name}"
         assert f"| {method.needs} | {method.normalisation} | {method.source} |" in row
+
+
+def test_the_page_of_training_names_each_schedule_with_its_settings() -> None:
+    from slimc.training.schedule import schedules
+
+    page = (DOCS / "training.md").read_text()
+    for name, method in schedules().items():
+        row = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), None)
+        assert row is not None, f"docs/training.md lacks {name}"
+        assert f"| {method.summary} |" in row.replace("`--scorer`", "--scorer")
+        assert f"| {method.source} |" in row
+        for setting, default in method.settings({}).items():
+            shown = re.search(rf"`{setting}` \(([^):,]+)", row)
+            assert shown is not None, (name, setting)
+            assert type(default)(shown[1]) == default, (name, setting)
+
+
+def test_the_loop_of_ones_own_that_is_shown_trains_and_cuts() -> None:
+    code = re.search(r"```python\n(import torch.*?)```", (DOCS / "training.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    shown: dict[str, Any] = {}
+    exec(compile(code[1], "training.md", "exec"), shown)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
+    loader = [(torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8,))) for _ in range(4)]
+    slim = shown["train"](model, torch.zeros(2, 1, 6, 6), loader, 2)
+    assert slim.report.targets["flops"].met
+    assert slim.report.verification.passed
