@@ -105,15 +105,20 @@ def _up(share: float) -> str:
     return f"{math.ceil(share * scale) / scale:.12g}"
 
 
-def per_cost(scores: Sequence[Scores], analysis: Analysis, limits: Mapping[str, float]) -> list[Scores]:
-    """Scores in one unit divided by what a channel of the group frees, as a share of what all budgets want freed."""
+def per_cost(
+    scores: Sequence[Scores], analysis: Analysis, limits: Mapping[str, float], widths: Widths | None = None
+) -> list[Scores]:
+    """Scores in one unit divided by what a channel of the group frees, as a share of what all budgets want freed.
+
+    widths: of the network as it is; whole if not given.
+    """
     grouping, cost = analysis.grouping, analysis.cost
-    full = np.array([group.width for group in grouping.groups], np.int64)
+    full = np.array([group.width for group in grouping.groups], np.int64) if widths is None else widths
     whole = cost(full)
     ranked = []
     for group, own in zip(grouping.groups, scores, strict=True):
         fewer = full.copy()
-        fewer[group.number] -= 1
+        fewer[group.number] = max(0, full[group.number] - 1)
         less = cost(fewer)
         freed = 0.0
         for metric, limit in limits.items():

@@ -85,6 +85,32 @@ def ridge(moments: Moments, strength: float, offset: bool) -> Fit:
     return Fit(change, shift, strength)
 
 
+def scaled(moments: Moments, matrix: Tensor, each: int, weight: Tensor, strength: float, offset: bool) -> Fit:
+    """The change that multiplies the weights of each input channel by one number, by weighted least squares.
+
+    matrix: [groups, outputs, inputs] the weights; each: inputs per channel; weight: [groups, outputs] of the errors.
+    """
+    mean_x, mean_r = moments.x / moments.count, moments.r / moments.count
+    xx, xr = moments.xx, moments.xr
+    if offset:
+        xx = xx - moments.count * mean_x[:, :, None] * mean_x[:, None, :]
+        xr = xr - moments.count * mean_x[:, :, None] * mean_r[:, None, :]
+    groups, _, inputs = matrix.shape
+    channels = inputs // each
+    among = (matrix.transpose(1, 2) @ (weight[:, :, None] * matrix)) * xx
+    system = among.reshape(groups, channels, each, channels, each).sum((2, 4))
+    wanted = (matrix.transpose(1, 2) * weight[:, None, :] * xr).sum(2).reshape(groups, channels, each).sum(2)
+    scale = system.diagonal(dim1=1, dim2=2).mean(1)
+    penalty = strength * torch.where(scale > 0, scale, torch.ones_like(scale))
+    factor, failed = torch.linalg.cholesky_ex(system + torch.diag_embed(penalty[:, None].expand(-1, channels)))
+    if bool(failed.any()):
+        return none(moments)
+    extra = torch.cholesky_solve(wanted[:, :, None], factor)[:, :, 0].repeat_interleave(each, dim=1)
+    change = extra[:, :, None] * matrix.transpose(1, 2)
+    shift = mean_r - (change * mean_x[:, :, None]).sum(1) if offset else torch.zeros_like(mean_r)
+    return Fit(change, shift, strength)
+
+
 def none(moments: Moments) -> Fit:
     """No change at all."""
     return Fit(torch.zeros_like(moments.xr), torch.zeros_like(moments.r), None)

@@ -17,7 +17,7 @@ from slimc.errors import UsageError
 from slimc.graph.capture import Example, capture
 from slimc.graph.resize import Cut
 from slimc.recovery.reconstruct import reconstruct
-from slimc.regression import Moments, choose, ridge
+from slimc.regression import Moments, choose, ridge, scaled
 from slimc.rewrite import rewrite
 from slimc.samples import Batch, Samples, collect
 from slimc.scorers.obs import Part, eliminate
@@ -170,6 +170,43 @@ def test_reconstruction_brings_the_outputs_nearer_on_samples_that_it_did_not_see
     assert judge.distance(work.slim) < 0.25 * before
     assert "of 4 layers fitted" in said
     assert "128 samples" in said
+
+
+@pytest.mark.parametrize(("name", "least"), [("bias", 0.95), ("scale", 0.8)])
+def test_the_cheaper_forms_bring_the_outputs_nearer_too(name: str, least: float) -> None:
+    work = task(seeded(Block), noise(2, 3, 8, 8), noise(128, 3, 8, 8, seed=1) + 0.5)
+    judge = recover.Judge(work.original, collect([noise(64, 3, 8, 8, seed=2) + 0.5], work.types.captured.example))
+    before = judge.distance(work.slim)
+    weights = {key: tensor.clone() for key, tensor in work.slim.state_dict().items()}
+    said = recover.find(name).run(work)
+    assert judge.distance(work.slim) < least * before
+    assert "of 4 layers fitted" in said
+    if name == "bias":
+        changed = [key for key, tensor in work.slim.state_dict().items() if not torch.equal(tensor, weights[key])]
+        assert changed
+        assert all(work.slim.state_dict()[key].dim() == 1 for key in changed)
+
+
+def test_scalars_are_those_of_thinet_for_orthogonal_inputs() -> None:
+    # y = x1 w1 + x2 w2 with orthogonal columns: what is missing of each column is found by itself.
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]])
+    matrix = torch.tensor([[[2.0, 3.0]]]).double()
+    wanted = x.double() @ torch.diag(torch.tensor([1.5, 0.5]).double()) @ matrix.transpose(1, 2)
+    moments = Moments(1, 2, 1, torch.device("cpu"))
+    moments.add(x, wanted - x.double() @ matrix.transpose(1, 2))
+    fit = scaled(moments, matrix, 1, torch.ones(1, 1).double(), 1e-9, offset=False)
+    torch.testing.assert_close(fit.change[0, :, 0] / matrix[0, 0], torch.tensor([0.5, -0.5]).double())
+
+
+def test_scalars_are_shared_by_the_positions_of_a_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 500, 6, generator=generator)  # two channels of three positions
+    matrix = torch.randn(1, 4, 6, generator=generator).double()
+    factors = torch.tensor([1.25, 0.75]).double().repeat_interleave(3)
+    moments = Moments(1, 6, 4, torch.device("cpu"))
+    moments.add(x, x.double() @ ((factors - 1) * matrix).transpose(1, 2))
+    fit = scaled(moments, matrix, 3, torch.ones(1, 4).double(), 1e-9, offset=False)
+    torch.testing.assert_close(fit.change, ((factors - 1) * matrix).transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_a_channel_that_another_repeats_is_made_up_for_exactly() -> None:

@@ -13,6 +13,7 @@ section 3.3 for residual sums; the penalty towards the present weights and its c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,7 +36,22 @@ _WIDEST = 6_144
 """Inputs of a reader beyond which its normal equations (inputs squared, in float64) are too large."""
 _JUDGED = 0.2
 
-Choose = Callable[[Moments, Moments, Tensor, bool], Fit]
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer's fit may depend on besides moments.
+
+    matrix: [groups, outputs, inputs] its weights now, float64. each: inputs that belong to one channel (the kernel's
+    positions). importance: [groups, outputs] how much each output's error counts. offset: whether there is a bias.
+    """
+
+    matrix: Tensor
+    each: int
+    importance: Tensor
+    offset: bool
+
+
+Choose = Callable[[Moments, Moments, Layer], Fit]
 
 
 @dataclass
@@ -61,7 +77,7 @@ def reconstruct(task: Task) -> str:
 
     Raises UsageError where the samples lead to values that are not finite.
     """
-    tally = refit(task, choose)
+    tally = refit(task, lambda fitted, judged, layer: choose(fitted, judged, layer.importance, layer.offset))
     return f"{tally} by least squares on {task.samples.count} samples ({task.samples.source})"
 
 
@@ -128,7 +144,8 @@ def _fit(
     if not fitted.count:
         fitted = judged
     importance = tail.gain.square().to(wide).reshape(groups, outputs)
-    fit = choose(fitted, judged, importance, tail.offset is not None)
+    each = math.prod(weight.shape[2:]) if reader.kind.startswith("conv") else 1
+    fit = choose(fitted, judged, Layer(matrix.to(wide), each, importance, tail.offset is not None))
     if not bool(fit.change.any() or fit.offset.any()):
         tally.unchanged += 1
         return

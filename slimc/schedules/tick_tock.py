@@ -31,12 +31,14 @@ TOCK, TICK = 0.3, 0.3
     "You et al., Gate Decorator, NeurIPS 2019",
 )
 def tick_tock(
-    run: Run, *, ticks: int = 10, tocks: int = 3, fraction: float = 0.0, penalty: float = 1e-3
+    run: Run, *, ticks: int = 10, tocks: int = 3, fraction: float = 0.0, penalty: float = 1e-3, per_cost: bool = True
 ) -> Iterator[Phase]:
     """Tock, then `ticks` Ticks, and again until the budget holds; then fine-tuning.
 
     fraction: the share of the filters that are left that each Tick removes, as published (0.002 there); 0 cuts so
-    that `tocks` rounds reach the budget. penalty: of the gates' absolute values in Tocks (lambda).
+    that `tocks` rounds reach the budget. penalty: of the gates' absolute values in Tocks (lambda). per_cost: scores are
+    divided by what a channel frees of the budget; as published, they are not, and a stream that many layers write to
+    keeps all of its channels, since its members' scores are summed.
     """
     run.gate()
     length = TICK * run.options.epochs / (ticks * tocks)
@@ -54,7 +56,7 @@ def tick_tock(
         if fraction:
             run.cut(partial(_published, run, values, fraction))
         else:
-            run.cut(partial(run.selection.choose, values, min(1.0, done / planned)))
+            run.cut(partial(run.selection.choose, values, min(1.0, done / planned), per_cost=per_cost))
     run.merge()
     yield run.phase("finetune", run.left)
 

@@ -34,13 +34,16 @@ class Selection:
         costs = analysis.cost(np.array([int(alive[g.variables].sum()) for g in analysis.groups], np.int64))
         return all(getattr(costs, planner.METRIC[metric]) <= limit for metric, limit in self.limits.items())
 
-    def choose(self, total: Scores, progress: float = 1.0) -> Alive:
+    def choose(self, total: Scores, progress: float = 1.0, *, per_cost: bool = False) -> Alive:
         """The channels that stay so that budgets hold to the degree of `progress` (geometrically, 1: wholly).
 
         total: [variables or more] scores, larger for what matters more; NaN where nothing is known (it stays).
+        per_cost: scores are divided by what a channel frees of the budgets as the network is now.
         """
         grouping = self.grouping()
         own = [total[group.variables] for group in grouping.groups]
+        if per_cost:
+            own = planner.per_cost(own, self.network.analysis, self.limits, self.network.widths)
         limits = {}
         for metric, limit in self.limits.items():
             whole = float(getattr(self.network.analysis.full, planner.METRIC[metric]))
