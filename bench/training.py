@@ -76,7 +76,8 @@ def measure(network: str, seed: int, budget: float, method: str, epochs: float, 
         folder = RUNS / f"{network}-{seed}-{budget:g}-{name}-{plain or 'mended'}-{epochs:g}"
         run = slimc.schedule(
             name, model, data.example, flops=budget, epochs=epochs, data=data.train, recipe=RECIPE, round_to=1,
-            recover="none" if plain else "auto", settings=PUBLISHED.get(name, {}) if plain else {}, seed=seed, folder=folder, resume=(folder / "manifest.json").exists(),
+            recover="none" if plain else "auto", settings=PUBLISHED.get(name, {}) if plain else {}, seed=seed,
+            folder=folder, resume=(folder / "manifest.json").exists(),
         )  # fmt: skip
         module = run.result.module
     whole, left = (slimc.inspect(m, data.example).macs for m in (model, module))

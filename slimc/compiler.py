@@ -40,6 +40,8 @@ from .verify import Proof, random_inputs, verify
 
 __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
 
+_FEW = 128
+"""Fewer samples than this leave layers with more inputs than they show: others are made up beside them."""
 _INPUTS = 3
 _INPUTS_OF_LARGE = 2
 _LARGE_MACS = 1e10
@@ -110,8 +112,11 @@ def compress(
     method = scores.find(scorer if scorer != "auto" else "obs" if calibration else "magnitude")
     if method.needs != "weights" and calibration is None:
         raise UsageError(f"--scorer {method.name} needs --data: its samples cannot be made up for these inputs")
+    few = data is not None and calibration is not None and calibration.count < _FEW and method.needs != "labels"
+    extra = _invented(analysis, seed, stages) if few and steps else None
     # What judges recovery is not scored on.
     fit = calibration.split(recovery.JUDGED)[0] if calibration and steps else calibration
+    fit = fit.with_more(extra) if fit and extra else fit
     with stages.stage("score"):
         subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
         found = method.score(subject)
@@ -141,7 +146,7 @@ def compress(
         )
     slim = build(analysis, cut, facts, results, chosen, stages, warnings, name)
     if steps and calibration:
-        slim.fit(steps, calibration)
+        slim.fit(steps, calibration, extra)
     return slim
 
 
@@ -338,11 +343,19 @@ def gather(
         fixed = captured.batch if captured.dynamic_shapes is None else None
         with stages.stage("data"):
             return collect(data, captured.example, limit or affordable(analysis.work), fixed)
-    count = limit or made_up(analysis.work)
+    if limit is None:
+        return _invented(analysis, seed, stages)
+    with stages.stage("synthesise"):
+        return synthetic(captured, limit, analysis.work, seed)
+
+
+def _invented(analysis: Analysis, seed: int, stages: Stages) -> Samples | None:
+    """Pictures or tokens made up, beside samples that are too few to fit every layer on."""
+    count = made_up(analysis.work)
     if not count:
         return None
     with stages.stage("synthesise"):
-        return synthetic(captured, count, analysis.work, seed)
+        return synthetic(analysis.captured, count, analysis.work, seed)
 
 
 def _cut(analysis: Analysis, choice: planner.Choice) -> Cut:

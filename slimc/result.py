@@ -106,9 +106,13 @@ class Compressed:
         if self.module is not self.graph:
             _copy_tensors(self.graph, self.module)
 
-    def fit(self, steps: Sequence[str], samples: Samples) -> None:
-        """Run recovery steps on most of the samples; each is undone unless it brings the outputs nearer on the rest."""
+    def fit(self, steps: Sequence[str], samples: Samples, extra: Samples | None = None) -> None:
+        """Run recovery steps on most of the samples; each is undone unless it brings the outputs nearer on the rest.
+
+        extra: made up, to fit on as well, never to judge by.
+        """
         fitted, judged = samples.split(recover.JUDGED)
+        fitted = fitted.with_more(extra) if extra else fitted
         self.synchronise()
         with self.stages.stage("recover"), evaluating(self.graph):
             judge = recover.Judge(self.analysis.captured.module, judged)
@@ -117,7 +121,7 @@ class Compressed:
                 outcome = recover.attempt(self._task(fitted), name, judge)
                 self.note_recovery(name, outcome.detail, outcome.before, outcome.after, outcome.kept)
             agreement = judge.agreement(self.graph)
-        seen = Calibration(judged.source, fitted.count, judged.count, agreement)
+        seen = Calibration(fitted.source, fitted.count, judged.count, agreement)
         self.report = replace(self.report, calibration=seen)
         if self.module is not self.graph:
             _copy_tensors(self.graph, self.module)

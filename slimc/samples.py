@@ -85,6 +85,11 @@ class Samples:
         """The inputs alone, batch by batch."""
         return (batch.example for batch in self.batches)
 
+    def with_more(self, others: Samples) -> Samples:
+        """Both sets together; what was made up is named in the source, and labels are those of the first set alone."""
+        source = f"{self.count} samples of {self.source} and {others.count} {others.source}"
+        return replace(self, batches=(*self.batches, *others.batches), source=source)
+
     def split(self, share: float) -> tuple[Samples, Samples]:
         """Two parts, the second with `share` of the samples: to fit on, and to judge by.
 
