@@ -17,7 +17,7 @@ from slimc.scores import Scores
 from slimc.training.loop import Hooks
 from slimc.training.phase import Phase
 from slimc.training.run import Run
-from slimc.training.schedule import schedule
+from slimc.training.schedule import demand, schedule
 
 
 @schedule(
@@ -25,6 +25,8 @@ from slimc.training.schedule import schedule
 )
 def group_sparsity(run: Run, *, penalty: float = 5e-4, alpha: float = 4.0, finetune: float = 0.5) -> Iterator[Phase]:
     """Train with the penalty, cut to the budget by group norms, fine-tune for that share of the epochs."""
+    demand(0, penalty=penalty, alpha=alpha)
+    demand(0, 1, finetune=finetune)
     factors: dict[str, Tensor] = {}
 
     def weigh() -> None:
