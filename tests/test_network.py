@@ -310,6 +310,18 @@ def test_a_network_that_comes_back_as_a_graph_is_cut_twice_and_trained() -> None
     train(net)
 
 
+def test_a_graph_goes_on_training_in_training_mode() -> None:
+    net = Network(literal())
+    train(net)
+    assert isinstance(net.module, Literal)
+    net.cut(fewer(net.analysis, 0))
+    assert isinstance(net.module, GraphModule)
+    assert all(part.training for part in net.module.modules())
+    statistics = attribute(net.module, "norm.running_mean").clone()
+    train(net)
+    assert (attribute(net.module, "norm.running_mean") - statistics).abs().min() > 1e-6
+
+
 def test_gates_on_a_graph_survive_cuts_and_merge_without_a_trace() -> None:
     analysis = literal()
     net = Network(analysis)
@@ -356,6 +368,17 @@ def test_a_network_goes_on_from_its_state_as_if_nothing_had_been(name: str, gate
         own.merge()
     assert same(other.module, net.module)
     assert (outputs(net.module) - before).abs().max() > 1e-3
+
+
+def test_a_network_comes_back_in_the_memory_layout_that_it_had() -> None:
+    net = Network(scoring.analysed("resnet"))
+    net.module.to(memory_format=torch.channels_last)
+    other = Network(net.analysis)
+    other.load(net.state())
+    weight = attribute(other.module, "a.weight")
+    assert weight.stride() == attribute(net.module, "a.weight").stride()
+    assert not weight.is_contiguous()
+    assert attribute(other.graph, "a.weight") is weight
 
 
 def test_a_saved_state_does_not_change_with_the_network() -> None:
