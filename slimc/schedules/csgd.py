@@ -13,16 +13,20 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Node
 
-from slimc.graph.infer import attribute
+from slimc.graph.infer import Types, attribute
+from slimc.graph.rule import arguments, operator_name
+from slimc.roles import CONVOLUTIONS
 from slimc.training import gates, lifts
 from slimc.training.loop import Hooks
 from slimc.training.network import Alive, Network
 from slimc.training.phase import Phase
 from slimc.training.run import Run
-from slimc.training.schedule import schedule
+from slimc.training.schedule import demand, schedule
 
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "addmm", "baddbmm"})
 _FOR_VECTORS = 0.1
 """Biases and norms are drawn together by a tenth of epsilon, as in the authors' code."""
 
@@ -33,18 +37,19 @@ def csgd(run: Run, *, epsilon: float = 0.05, finetune: float = 0.3) -> Iterator[
 
     The same share of every group goes; the share follows from the budget.
     """
+    demand(0, epsilon=epsilon)
+    demand(0, 1, finetune=finetune)
     labels = run.event("clusters", lambda: torch.from_numpy(clusters(run)))
-    layers = (*run.network.places, *gates.places(run.analysis.types, after_norms=False))
-    once = {place.name: place for place in layers}
+    mixings: dict[tuple[str, int], Tensor] = {}
 
     def draw() -> None:
-        for place in once.values():
-            for name, axis in place.tensors:
-                parameter = attribute(run.network.module, name)
-                if parameter.grad is not None:
-                    mixing = _mixing(run.network, place, labels.numpy()).to(parameter)
-                    strength = epsilon if parameter.dim() > 1 else epsilon * _FOR_VECTORS
-                    parameter.grad.copy_(centripetal(parameter.detach(), parameter.grad, mixing, axis, strength))
+        if not mixings:
+            mixings.update(_mixings(run.network, labels.numpy()))
+        for (name, axis), mixing in mixings.items():
+            parameter = attribute(run.network.module, name)
+            if parameter.grad is not None:
+                strength = epsilon if parameter.dim() > 1 else epsilon * _FOR_VECTORS
+                parameter.grad.copy_(centripetal(parameter.detach(), parameter.grad, mixing, axis, strength))
 
     yield run.phase("centripetal", (1 - finetune) * run.options.epochs, hooks=Hooks(before_step=draw))
     run.event("merge clusters", lambda: merge(run.network, labels.numpy()))
@@ -116,19 +121,52 @@ def _twins(factors: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt
     return found
 
 
-def _mixing(network: Network, place: gates.Place, labels: npt.NDArray[np.int64]) -> Tensor:
-    """[rows, rows] the matrix that averages over clusters."""
-    twins = _twins(lifts.factors(network, place), labels)
-    same = torch.from_numpy(twins[:, None] == twins[None, :]).float()
-    return same / same.sum(1, keepdim=True)
+def _mixings(network: Network, labels: npt.NDArray[np.int64]) -> dict[tuple[str, int], Tensor]:
+    """[rows, rows] the matrices that average over clusters, for each axis where a parameter writes channels."""
+    types, found = network.analysis.types, {}
+    read, known = _read(types), dict[tuple[bytes, torch.dtype], Tensor]()
+    for name, axes in types.tensors.items():
+        parameter = attribute(network.module, name)
+        for position, axis in enumerate(axes if isinstance(parameter, nn.Parameter) else ()):
+            if (name, position) in read:
+                continue
+            twins = _twins(types.solution.factors(axis), labels)
+            if (twins == np.arange(len(twins))).all():
+                continue
+            key = twins.tobytes(), parameter.dtype
+            if key not in known:
+                same = torch.from_numpy(twins[:, None] == twins[None, :]).to(parameter)
+                known[key] = same / same.sum(1, keepdim=True)
+            found[name, position] = known[key]
+    return found
+
+
+def _read(types: Types) -> set[tuple[str, int]]:
+    """Tensors with the axis that an operator multiplies with a stream and sums over.
+
+    Along all other axes channels are written: rows of layers, norms, biases, scales, tables, positions.
+    """
+    found = set()
+    for node in types.captured.module.graph.nodes:
+        name = operator_name(node) if node.op == "call_function" else ""
+        places: list[tuple[object, int]] = []
+        if name == "linear" or name in CONVOLUTIONS:
+            places = [(arguments(node)["weight"], 0 if "transpose" in name else 1)]
+        elif name in _PRODUCTS:
+            left, right = [source for source in node.args if isinstance(source, Node)][-2:]
+            places = [(left, -1), (right, -2)]
+        for source, axis in places:
+            if isinstance(source, Node) and source.op == "get_attr":
+                rank = len(types.tensors[str(source.target)])
+                found.add((str(source.target), axis if axis >= 0 else max(0, rank + axis)))
+    return found
 
 
 @torch.no_grad()
 def merge(network: Network, labels: npt.NDArray[np.int64]) -> None:
     """Give the one that stays the mean of its cluster wherever it is written, and the sum wherever it is read."""
     types = network.analysis.types
-    writing = {(name, axis) for place in network.places for name, axis in place.tensors}
-    writing |= {(name, axis) for place in gates.places(types, after_norms=False) for name, axis in place.tensors}
+    read = _read(types)
     for name, axes in types.tensors.items():
         tensor = attribute(network.module, name)
         for position, axis in enumerate(axes):
@@ -136,10 +174,8 @@ def merge(network: Network, labels: npt.NDArray[np.int64]) -> None:
             if not (factors >= 0).any() or not tensor.is_floating_point():
                 continue
             twins = torch.from_numpy(_twins(factors, labels)).to(tensor.device)
-            # Vectors (norms, biases, statistics) are written; so are the rows of layers. All else is read.
-            summing = tensor.dim() > 1 and (name, position) not in writing
             mixed = torch.zeros_like(tensor).index_add_(position, twins, tensor)
-            if not summing:
+            if (name, position) not in read:
                 counts = torch.zeros(len(factors), device=tensor.device).index_add_(
                     0, twins, torch.ones(len(factors), device=tensor.device)
                 )

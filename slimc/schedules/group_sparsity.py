@@ -17,7 +17,7 @@ from slimc.scores import Scores
 from slimc.training.loop import Hooks
 from slimc.training.phase import Phase
 from slimc.training.run import Run
-from slimc.training.schedule import schedule
+from slimc.training.schedule import demand, schedule
 
 
 @schedule(
@@ -25,22 +25,29 @@ from slimc.training.schedule import schedule
 )
 def group_sparsity(run: Run, *, penalty: float = 5e-4, alpha: float = 4.0, finetune: float = 0.5) -> Iterator[Phase]:
     """Train with the penalty, cut to the budget by group norms, fine-tune for that share of the epochs."""
+    demand(0, penalty=penalty, alpha=alpha)
+    demand(0, 1, finetune=finetune)
+    weights = torch.zeros(run.analysis.types.solution.variables + 1, dtype=torch.float64)
     factors: dict[str, Tensor] = {}
 
     def weigh() -> None:
+        weights.copy_(torch.from_numpy(_weights(run, alpha)))
         factors.clear()
-        factors.update(_factors(run, alpha))
 
     def add() -> None:
-        if not factors:
+        if not weights.any():
             weigh()
+        if not factors:
+            factors.update(_factors(run, weights.numpy()))
         for name, factor in factors.items():
             tensor = attribute(run.network.module, name)
             if isinstance(tensor, torch.nn.Parameter) and tensor.grad is not None:
                 tensor.grad.add_(factor * tensor.detach(), alpha=penalty)
 
     hooks = Hooks(before_step=add, after_epoch=weigh)
-    yield run.phase("sparse", (1 - finetune) * run.options.epochs, hooks=hooks, weight_decay=0.0)
+    yield run.phase(
+        "sparse", (1 - finetune) * run.options.epochs, hooks=hooks, tally={"weights": weights}, weight_decay=0.0
+    )
     run.cut(lambda: run.selection.choose(run.score("magnitude")))
     yield run.phase("finetune", run.left)
 
@@ -54,14 +61,19 @@ def gammas(importance: Scores, alpha: float) -> Scores:
     return found
 
 
-def _factors(run: Run, alpha: float) -> dict[str, Tensor]:
+def _weights(run: Run, alpha: float) -> Scores:
+    """[variables + 1] the factor of each channel; 0 for what is none, which is also the last entry."""
+    norms = run.score("magnitude", "none")
+    weights = np.zeros(len(norms) + 1)
+    for group in run.selection.grouping().groups:
+        weights[group.variables] = gammas(norms[group.variables], alpha)
+    return weights
+
+
+def _factors(run: Run, weights: Scores) -> dict[str, Tensor]:
     """For each parameter, the sum over its axes of the factor of each index, ready to be multiplied with it."""
     network = run.network
     types, cut = network.analysis.types, network.cut_so_far
-    norms = run.score("magnitude", "none")
-    weights = np.zeros(types.solution.variables + 1)
-    for group in run.selection.grouping().groups:
-        weights[group.variables] = gammas(norms[group.variables], alpha)
     found: dict[str, Tensor] = {}
     for name, axes in types.tensors.items():
         tensor = attribute(network.module, name)

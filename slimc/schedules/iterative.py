@@ -13,7 +13,7 @@ from functools import partial
 from slimc.training.network import Alive
 from slimc.training.phase import Phase
 from slimc.training.run import Run
-from slimc.training.schedule import schedule
+from slimc.training.schedule import demand, schedule
 
 
 @schedule(
@@ -21,6 +21,8 @@ from slimc.training.schedule import schedule
 )
 def iterative(run: Run, *, steps: int = 10, finetune: float = 0.5) -> Iterator[Phase]:
     """`steps` cuts, each to the same share of what is left; finetune: share of the epochs after the last one."""
+    demand(1, steps=steps)
+    demand(0, 1, finetune=finetune)
     between = (1 - finetune) * run.options.epochs / max(1, steps - 1)
     for step in range(1, steps + 1):
         run.cut(partial(_next, run, step / steps))

@@ -17,7 +17,7 @@ import numpy as np
 from slimc.training.network import Alive
 from slimc.training.phase import Phase
 from slimc.training.run import Run
-from slimc.training.schedule import schedule
+from slimc.training.schedule import demand, schedule
 
 
 @schedule(
@@ -25,6 +25,7 @@ from slimc.training.schedule import schedule
 )
 def lottery(run: Run, *, fraction: float = 0.2) -> Iterator[Phase]:
     """Each round removes `fraction` of the channels that are left, by --scorer; the last one meets the budget."""
+    demand(0.001, 0.999, fraction=fraction)
     count = rounds(run, fraction)
     each = run.options.epochs / (count + 1)
     run.keep("start")

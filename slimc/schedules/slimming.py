@@ -15,7 +15,7 @@ from slimc.training.loop import Hooks
 from slimc.training.network import Alive
 from slimc.training.phase import Phase
 from slimc.training.run import Run
-from slimc.training.schedule import schedule
+from slimc.training.schedule import demand, schedule
 
 
 @schedule("slimming", "batch-norm scales are drawn to zero while training, the smallest cut", "Liu et al., ICCV 2017")
@@ -24,6 +24,8 @@ def slimming(run: Run, *, penalty: float = 1e-4, finetune: float = 0.5) -> Itera
 
     Raises UsageError for a network without batch norms.
     """
+    demand(0, penalty=penalty)
+    demand(0, 1, finetune=finetune)
     norms = tuple(place for place in run.network.places if place.norm)
     if not norms:
         raise UsageError("--schedule slimming needs batch norms that scale; this network has none. Take tick-tock")

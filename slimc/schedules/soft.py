@@ -18,7 +18,7 @@ from slimc.training.loop import Hooks
 from slimc.training.network import Alive
 from slimc.training.phase import Phase
 from slimc.training.run import Run
-from slimc.training.schedule import schedule
+from slimc.training.schedule import demand, schedule
 
 SELECT = {"magnitude": "magnitude", "fpgm": "fpgm"}
 
@@ -31,6 +31,7 @@ def soft(run: Run, *, select: str = "magnitude", finetune: float = 0.3) -> Itera
     """
     if select not in SELECT:
         raise UsageError(f"--set select={select}: known are {', '.join(SELECT)}")
+    demand(0, 1, finetune=finetune)
     layers = gates.places(run.analysis.types, after_norms=False)
 
     def weakest() -> Alive:

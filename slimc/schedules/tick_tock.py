@@ -19,7 +19,7 @@ from slimc.training.loop import Hooks
 from slimc.training.network import Alive
 from slimc.training.phase import Phase
 from slimc.training.run import Run
-from slimc.training.schedule import schedule
+from slimc.training.schedule import demand, schedule
 
 TOCK, TICK = 0.3, 0.3
 """Shares of all epochs; fine-tuning has the rest."""
@@ -33,13 +33,16 @@ TOCK, TICK = 0.3, 0.3
 def tick_tock(
     run: Run, *, ticks: int = 10, tocks: int = 3, fraction: float = 0.0, penalty: float = 1e-3, per_cost: bool = True
 ) -> Iterator[Phase]:
-    """Tock, then `ticks` Ticks, and again until the budget holds; then fine-tuning.
+    """Tock, then `ticks` Ticks, and again until the budget holds, `tocks` times at most; then fine-tuning.
 
-    fraction: the share of the filters that are left that each Tick removes, as published (0.002 there); 0 cuts so
-    that `tocks` rounds reach the budget. penalty: of the gates' absolute values in Tocks (lambda). per_cost: scores are
-    divided by what a channel frees of the budget; as published, they are not, and a stream that many layers write to
-    keeps all of its channels, since its members' scores are summed.
+    fraction: the share of the filters that are left that each Tick removes, as published (0.002 there), but for the
+    last of all, which meets the budget; 0 cuts so that `tocks` rounds reach it. penalty: of the gates' absolute
+    values in Tocks (lambda). per_cost: scores are divided by what a channel frees of the budget; as published, they
+    are not, and a stream that many layers write to keeps all of its channels, since its members' scores are summed.
     """
+    demand(1, ticks=ticks, tocks=tocks)
+    demand(0, 0.999, fraction=fraction)
+    demand(0, penalty=penalty)
     run.gate()
     length = TICK * run.options.epochs / (ticks * tocks)
     planned = ticks * tocks
@@ -53,7 +56,7 @@ def tick_tock(
         yield tick
         done += 1
         values = lifts.summed(run.network, run.network.places, tick.tally)
-        if fraction:
+        if fraction and done < planned:  # after that there are no epochs to score with
             run.cut(partial(_published, run, values, fraction))
         else:
             run.cut(partial(run.selection.choose, values, min(1.0, done / planned), per_cost=per_cost))

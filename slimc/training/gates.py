@@ -49,11 +49,14 @@ class Place:
 
 
 class Gate(nn.Module):
-    """A parametrization: the tensor times phi along one axis."""
+    """A parametrization: the tensor times phi along one axis.
 
-    def __init__(self, phi: nn.Parameter, axis: int, rank: int) -> None:
+    trains: whether the tensor did before it was gated, and does again afterwards.
+    """
+
+    def __init__(self, phi: nn.Parameter, axis: int, rank: int, trains: bool = True) -> None:
         super().__init__()
-        self.phi = phi
+        self.phi, self.trains = phi, trains
         self.shape = [-1 if position == axis else 1 for position in range(rank)]
 
     def forward(self, original: Tensor) -> Tensor:
@@ -127,7 +130,9 @@ def attach(
                 own = torch.where(open_, tensor / torch.where(open_, phi.reshape(shape), 1.0), shut)
                 if place.norm and number == 1:
                     limited = own.clamp(-CLIP, CLIP)
-                    moved = float(((limited - own) * phi).abs().max()) if own.numel() else 0.0
+                    # Beneath a closed gate all of beta is lost, unless it was closed before.
+                    lost = torch.where(open_, (limited - own) * phi, tensor if before is None else 0.0)
+                    moved = float(lost.abs().max()) if lost.numel() else 0.0
                     if moved > 0:
                         clipped[place.name] = moved
                     own = limited
@@ -135,8 +140,9 @@ def attach(
                 setattr(owners[number][0], owners[number][1], nn.Parameter(own, requires_grad=tensor.requires_grad))
         gate = nn.Parameter(phi.detach().clone())
         for owner, last, axis in owners:
-            rank = getattr(owner, last).dim()
-            parametrize.register_parametrization(owner, last, Gate(gate, axis, rank), unsafe=True)
+            own = getattr(owner, last)
+            added = Gate(gate, axis, own.dim(), own.requires_grad)
+            parametrize.register_parametrization(owner, last, added, unsafe=True)
             if place.norm and (owner, last) == owners[0][:2]:
                 # Gamma stays 1: the gate has taken its place.
                 attribute(owner, f"parametrizations.{last}.original").requires_grad_(False)
@@ -160,9 +166,9 @@ def detach(module: nn.Module, found: tuple[Place, ...]) -> dict[str, tuple[Tenso
         for name, _ in place.tensors:
             owner, last = _owner(module, name)
             parts.append(attribute(owner, f"parametrizations.{last}.original").detach().clone())
-            trained = place.norm or attribute(owner, f"parametrizations.{last}.original").requires_grad
+            trains: bool = attribute(owner, f"parametrizations.{last}.0").trains
             parametrize.remove_parametrizations(owner, last, leave_parametrized=True)
-            getattr(owner, last).requires_grad_(trained)
+            getattr(owner, last).requires_grad_(trains)
         carried[place.name] = tuple(parts)
     return carried
 

@@ -205,7 +205,7 @@ class Network:
             own = eager.build(analysis.model, analysis.types, cut, rewritten, analysis.captured.example)
         self._rewritten = rewritten
         if own.module is None:
-            self._module = trainable(rewritten.module)
+            self._module = trainable(rewritten.module).train(analysis.modes[""])
         else:
             self._module = own.module
             for path, child in self._module.named_modules():
@@ -267,6 +267,9 @@ class Network:
         self._build(None)
         if state["gated"]:
             self.gate()
+        for name, parameter in self.module.named_parameters():
+            # In the memory layout that it had: other kernels would round differently.
+            parameter.data = module[name].to(parameter).clone()
         self.module.load_state_dict(module)
         self.optimiser = optimiser
 
@@ -283,7 +286,7 @@ def _slice(tensor: Tensor, axes: tuple[Terms, ...], before: Cut, after: Cut) -> 
 
 
 def _like(old: nn.Module, new: nn.Module) -> None:
-    """Modes of the modules that are still there, and what the parameters' owner had frozen."""
+    """The modes of the modules that are still there; one that is new, as in a graph, has the mode of the whole."""
     modes = {name: child.training for name, child in old.named_modules()}
     for name, child in new.named_modules():
-        child.training = modes.get(name, child.training)
+        child.training = modes.get(name, old.training)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,9 +54,20 @@ def _read(name: str, value: Any, default: Any) -> Any:
     try:
         if kind is bool and isinstance(value, str):
             return {"true": True, "false": False}[value.lower()]
-        return kind(value)
+        found = kind(value)
+        if isinstance(value, float) and found != value:  # 2.5 ticks, or nan
+            raise ValueError
+        return found
     except (TypeError, ValueError, KeyError):
         raise UsageError(f"--set {name}={value}: wanted a value like {default}") from None
+
+
+def demand(low: float, high: float = math.inf, **settings: float) -> None:
+    """UsageError that names the first setting which is not from `low` to `high`."""
+    wanted = f"{low} up" if high == math.inf else f"{low} to {high}"
+    for name, value in settings.items():
+        if not low <= value <= high:
+            raise UsageError(f"--set {name}={value}: wanted a number from {wanted}")
 
 
 _SCHEDULES: dict[str, Schedule] = {}
@@ -85,5 +97,5 @@ def find(name: str) -> Schedule:
     """The schedule of that name."""
     known = schedules()
     if name not in known:
-        raise UsageError(f"--schedule {name}: known are one-shot, {', '.join(known)}")
+        raise UsageError(f"--schedule {name}: known are {', '.join(known)}")
     return known[name]
