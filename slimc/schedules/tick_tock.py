@@ -21,8 +21,8 @@ from slimc.training.phase import Phase
 from slimc.training.run import Run
 from slimc.training.schedule import demand, schedule
 
-TOCK, TICK = 0.3, 0.3
-"""Shares of all epochs; fine-tuning has the rest."""
+_TOCKS = 0.6
+"""Tocks' share of the epochs before fine-tuning; Ticks have the rest."""
 
 
 @schedule(
@@ -31,7 +31,14 @@ TOCK, TICK = 0.3, 0.3
     "You et al., Gate Decorator, NeurIPS 2019",
 )
 def tick_tock(
-    run: Run, *, ticks: int = 10, tocks: int = 3, fraction: float = 0.0, penalty: float = 1e-3, per_cost: bool = True
+    run: Run,
+    *,
+    ticks: int = 10,
+    tocks: int = 3,
+    fraction: float = 0.0,
+    penalty: float = 1e-3,
+    per_cost: bool = True,
+    finetune: float = 0.6,
 ) -> Iterator[Phase]:
     """Tock, then `ticks` Ticks, and again until the budget holds, `tocks` times at most; then fine-tuning.
 
@@ -39,20 +46,20 @@ def tick_tock(
     last of all, which meets the budget; 0 cuts so that `tocks` rounds reach it. penalty: of the gates' absolute
     values in Tocks (lambda). per_cost: scores are divided by what a channel frees of the budget; as published, they
     are not, and a stream that many layers write to keeps all of its channels, since its members' scores are summed.
+    finetune: share of the epochs after the last cut.
     """
     demand(1, ticks=ticks, tocks=tocks)
     demand(0, 0.999, fraction=fraction)
     demand(0, penalty=penalty)
+    demand(0, 1, finetune=finetune)
     run.gate()
-    length = TICK * run.options.epochs / (ticks * tocks)
+    before = (1 - finetune) * run.options.epochs
     planned = ticks * tocks
     done = 0
     while not run.reached:
         if done % ticks == 0:
-            yield run.phase(
-                "tock", TOCK * run.options.epochs / tocks, rate=0.2, shape="triangle", hooks=sparse(run, penalty)
-            )
-        tick = scored(run, length)
+            yield run.phase("tock", _TOCKS * before / tocks, rate=0.2, shape="triangle", hooks=sparse(run, penalty))
+        tick = scored(run, (1 - _TOCKS) * before / planned)
         yield tick
         done += 1
         values = lifts.summed(run.network, run.network.places, tick.tally)
