@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import slimc
-from slimc.errors import UsageError
+from slimc.errors import UnreachableTarget, UsageError
 from slimc.graph.groups import Group
 from slimc.graph.infer import attribute
 from slimc.schedules import csgd, group_sparsity
@@ -314,7 +314,8 @@ def test_ticks_and_tocks_take_turns_and_the_flops_fall_until_the_budget_holds() 
             shares.append(phase.flops)
     assert names == ["tock", "tick", "tick", "tick"] * 2 + ["finetune"]
     # Tocks have 0.3 of two epochs, and so have Ticks.
-    assert lengths == pytest.approx([0.3, 0.1, 0.1, 0.1] * 2 + [0.8])
+    tick = 0.4 * 0.8 / 6
+    assert lengths == pytest.approx([0.24, tick, tick, tick] * 2 + [1.2])
     assert all(later < earlier for earlier, later in pairwise(shares))
     assert shares[0] == 1
     for done, share in enumerate(shares[1:], 1):
@@ -363,7 +364,7 @@ def test_ticks_of_a_fixed_share_end_with_the_budget_and_leave_epochs_to_fine_tun
     run = begin("tick-tock", seeded(Plain), flops=flops, settings={"ticks": 2, "fraction": fraction})
     phases = [(phase.name, phase.epochs) for phase in run]
     assert [name for name, _ in phases] == ["tock", "tick", "tick"] * 3 + ["finetune"]
-    assert phases[-1][1] == pytest.approx(0.8)
+    assert phases[-1][1] == pytest.approx(1.2)
     assert run.share <= flops
 
 
@@ -617,3 +618,16 @@ def test_iterative_cuts_geometrically_with_training_between() -> None:
     assert [name for name, _, _ in found] == ["train", "train", "train", "finetune"]
     # 0.6 of two epochs in three parts
     assert [epochs for _, epochs, _ in found] == pytest.approx([0.4, 0.4, 0.4, 0.8])
+
+
+def test_a_budget_that_needs_what_a_schedule_cannot_cut_is_refused_before_training() -> None:
+    model = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+    half = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
+    trained: list[str] = []
+    for name, body in (("csgd", model), ("slimming", half)):
+        x = torch.randn(8, 6)
+        data = [(x, torch.zeros(8, dtype=torch.int64))]
+        run = slimc.schedule(name, body, x[:2], flops=0.2, epochs=1, data=data, round_to=1, recover="none")
+        with pytest.raises(UnreachableTarget):
+            trained.extend(phase.name for phase in run)
+    assert not trained

@@ -76,6 +76,11 @@ def clusters(run: Run) -> npt.NDArray[np.int64]:
     ranks = lifts.within_groups(network, run.score("magnitude"))
     filters = _filters(network)
     ranks[[variable for variable in range(len(ranks)) if variable not in filters]] = np.nan  # their groups stay whole
+    for group in network.analysis.groups:
+        # A norm over merged channels counts them once, and a product of two streams (query and key) is not a sum of
+        # readers: equal channels of these cannot be merged without a change.
+        if not group.exact or group.number in _multiplied(network):
+            ranks[group.variables] = np.nan
     left = run.selection.choose(ranks)
     labels = np.arange(len(ranks))
     for group in network.analysis.groups:
@@ -89,6 +94,12 @@ def clusters(run: Run) -> npt.NDArray[np.int64]:
             if len(members):
                 labels[members] = members[0]
     return labels
+
+
+def _multiplied(network: Network) -> set[int]:
+    """Numbers of the groups that stand in products of groups, as heads and sizes of heads do."""
+    axes = network.analysis.grouping.axes
+    return {number for axis in axes for _, names in axis.terms if len(names) > 1 for number in names}
 
 
 def _filters(network: Network) -> dict[int, npt.NDArray[np.float64]]:

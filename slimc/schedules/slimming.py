@@ -30,6 +30,8 @@ def slimming(run: Run, *, penalty: float = 1e-4, finetune: float = 0.5) -> Itera
     if not norms:
         raise UsageError("--schedule slimming needs batch norms that scale; this network has none. Take tick-tock")
 
+    lifts.check_reachable(run.network, norms, run.selection)
+
     def add() -> None:
         for place in norms:
             gamma = attribute(run.network.module, place.name)

@@ -52,6 +52,7 @@ def tick_tock(
     demand(0, 0.999, fraction=fraction)
     demand(0, penalty=penalty)
     demand(0, 1, finetune=finetune)
+    lifts.check_reachable(run.network, run.network.places, run.selection)
     run.gate()
     before = (1 - finetune) * run.options.epochs
     planned = ticks * tocks

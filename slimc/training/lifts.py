@@ -13,6 +13,7 @@ from slimc.scores import Scores
 
 from .gates import Place
 from .network import Network
+from .selection import Selection
 
 
 def zeros(network: Network, found: tuple[Place, ...]) -> dict[str, Tensor]:
@@ -39,6 +40,11 @@ def summed(network: Network, found: tuple[Place, ...], values: Mapping[str, Tens
             known[column] = True
     total[~known] = np.nan
     return total[:-1]
+
+
+def check_reachable(network: Network, found: tuple[Place, ...], selection: Selection) -> None:
+    """UnreachableTarget where the budget cannot be met by cutting only what has a place; before anything is trained."""
+    selection.choose(summed(network, found, zeros(network, found)))
 
 
 def members(network: Network, found: tuple[Place, ...]) -> list[int]:
