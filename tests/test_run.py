@@ -186,6 +186,23 @@ def test_the_best_weights_are_kept_where_the_recipe_says_so() -> None:
     assert not all(torch.equal(last[name], tensor) for name, tensor in found[2].items())
 
 
+def test_values_inside_are_drawn_to_the_originals_and_hooks_are_taken_off() -> None:
+    distances = []
+    for features in (0.0, 10.0):
+        recipe = slimc.Recipe(distil=0.5, features=features, rate=0.01)
+        run = begin("one-shot", epochs=3, recipe=recipe, recover="none")
+        for phase in run:
+            phase.train()
+            module, original = phase.module, run.analysis.model
+            assert not any(part._forward_hooks for model in (module, original) for part in model.modules())
+        (images, _), index = next(iter(loaders()[1])), run.network.cut_so_far.indices(run.network.places[-1].axis)
+        with torch.no_grad():
+            wanted = torch.nn.Sequential(*list(original.children())[:6])(images)[:, index]
+            found = torch.nn.Sequential(*list(module.eval().children())[:6])(images)
+        distances.append(float((wanted - found).square().mean()))
+    assert distances[1] < 0.8 * distances[0]
+
+
 def test_training_stops_early_where_the_recipe_says_so(tmp_path: Path) -> None:
     run = begin(
         "one-shot", epochs=6, recipe=slimc.Recipe(patience=2), metric=lambda outputs, targets: 0.5, folder=tmp_path

@@ -20,6 +20,7 @@ from slimc.losses import first_output
 from slimc.samples import Batch, batch_of
 
 from . import workers
+from .features import Features
 from .recipe import Recipe, build, factor
 from .stream import Stream, kept_random_state
 
@@ -46,7 +47,8 @@ class Hooks:
 class Loop:
     """Trains a module for a number of steps.
 
-    teacher: gives the original network's outputs for a batch, where the recipe distils. module is trained in place
+    teacher: gives the original network's outputs for a batch, where the recipe distils; features: what is drawn to its
+    values inside. module is trained in place
     and left in the mode it is in.
     """
 
@@ -61,12 +63,14 @@ class Loop:
         hooks: Hooks | None = None,
         trains: Callable[[str], bool] = lambda name: True,
         teacher: nn.Module | None = None,
+        features: Features | None = None,
         memory: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.module, self.stream, self.steps, self.recipe = module, stream, steps, recipe
         self._loss = loss or functools.partial(_cross_entropy, smoothing=recipe.smoothing)
         self._hooks = hooks or Hooks()
-        self._teacher = teacher if recipe.distil else None
+        self._teacher = teacher if recipe.distil or features is not None else None
+        self._features = features
         # Users freeze single norms by putting just those in eval mode.
         self._still = [part for part in module.modules() if module.training and not part.training]
         self._named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point()]
@@ -145,8 +149,10 @@ class Loop:
             reduction="batchmean", log_target=True,
         )  # fmt: skip
         # Hinton et al. (2015), section 2: gradients of the softened outputs are 1/T^2 as large.
-        soft = drawn * heat * heat
-        return soft if share == 1 else (1 - share) * self._loss(outputs, batch.targets) + share * soft
+        value = share * drawn * heat * heat
+        if share < 1:
+            value = value + (1 - share) * self._loss(outputs, batch.targets)
+        return value if self._features is None else value + self.recipe.features * self._features.loss()
 
     def finish(self) -> None:
         """Take the averaged weights, if there are any, and put back what trains."""
@@ -154,6 +160,8 @@ class Loop:
             with torch.no_grad():
                 for own, mean in zip(self.module.parameters(), self.average.module.parameters(), strict=True):
                     own.copy_(mean)
+        if self._features is not None:
+            self._features.close()
         for (_, parameter), wanted in zip(self._named, self._wanted, strict=True):
             parameter.requires_grad_(wanted)
             parameter.grad = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimc.errors import Interrupted, UsageError
 
 from . import workers
+from .features import Features
 from .loop import Hooks, Loop
 from .recipe import Recipe
 
@@ -111,7 +112,8 @@ class Trainer:
         steps = max(1, round((run.spent + phase.epochs) * len(self._stream)) - start) if phase.epochs > 0 else 0
         self._loop = Loop(
             module, self._stream, steps, phase.recipe, loss=run.loss, hooks=phase.hooks, trains=phase.trains,
-            teacher=run.analysis.model, memory=run.network.optimiser if phase.continues else None,
+            teacher=run.analysis.model, features=Features(run.network) if phase.recipe.features else None,
+            memory=run.network.optimiser if phase.continues else None,
         )  # fmt: skip
         self._last: float | None = None
         self._best: float | None = None

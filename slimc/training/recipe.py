@@ -32,7 +32,8 @@ class Recipe:
     with layer norms, else SGD. shape: of the rate over a phase. warmup: the share of a phase's steps in which the
     rate rises (cosine and step). weight_decay: of everything but norms, biases and gates. smoothing: of labels.
     average: decay of an exponential moving average of the weights, 0 for none. distil: the share of the loss that
-    draws to the original network's outputs (and, by `features`, to its values inside). patience: epochs without a
+    draws to the original network's outputs (softened by `temperature`). features: how much the last values of each
+    channel group are drawn to the original's beside that. patience: epochs without a
     better validation metric after which fine-tuning ends, 0 for never. keep: "last" or "best" weights of fine-tuning
     by validation. precision: "auto" is bfloat16 autocast where the processor computes in it.
     """

@@ -1,0 +1,79 @@
+"""Values inside: what the last layer of each channel group gives, in the network that is trained and in the original.
+
+Source: Romero et al., "FitNets" (ICLR 2015), equation 3, without the regressor, since the kept channels are known by
+number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimc.errors import UsageError
+
+from .network import Network
+
+
+class Features:
+    """Draws values inside a network to the original's at the kept channels, while it is open.
+
+    Raises UsageError for networks that are graphs, which have no modules that give these values.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._caught: dict[tuple[bool, str], Tensor] = {}
+        self._kept: dict[str, tuple[int, Tensor]] = {}
+        self._hooks: list[Any] = []
+        teacher, cut = network.analysis.model, network.cut_so_far
+        for path, (norm, axis) in _last_places(network).items():
+            rank = 1 if norm else -1
+            for trained, owner in ((False, teacher), (True, network.module)):
+                module = _module(owner, path)
+                self._hooks.append(module.register_forward_hook(self._catch(trained, path)))
+                if not norm and isinstance(module, nn.modules.conv._ConvNd):
+                    rank = 1
+            self._kept[path] = rank, cut.indices(axis)
+
+    def _catch(self, trained: bool, path: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            # A copy, since the operators behind may write into it.
+            self._caught[trained, path] = output.clone() if trained else output.detach().clone()
+
+        return hook
+
+    def loss(self) -> Tensor:
+        """The mean over groups of the squared error as a share of the original's variance; forgets the values."""
+        found = []
+        for path, (axis, index) in self._kept.items():
+            goal = self._caught[False, path].index_select(axis, index.to(self._caught[False, path].device)).float()
+            error = functional.mse_loss(self._caught[True, path].float(), goal)
+            found.append(error / goal.var(correction=0).clamp_min(1e-12))
+        self._caught.clear()
+        return torch.stack(found).mean()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def _last_places(network: Network) -> dict[str, tuple[bool, Any]]:
+    """For each group the module that writes it last, with whether it is a norm, and its channels."""
+    last: dict[int, tuple[str, bool, Any]] = {}
+    numbers = network.analysis.grouping.group_of
+    for place in network.places:
+        rows = network.analysis.types.solution.factors(place.axis)
+        for number in set(numbers[rows[rows >= 0]].tolist()):
+            last[number] = place.name.rpartition(".")[0], place.norm, place.axis
+    return {path: (norm, axis) for path, norm, axis in last.values()}
+
+
+def _module(owner: nn.Module, path: str) -> nn.Module:
+    found = owner.get_submodule(path)
+    if type(found) is nn.Module:
+        raise UsageError("features= needs the user's own class, and this network came back as a graph; leave it at 0")
+    return found
