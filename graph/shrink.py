@@ -7,8 +7,11 @@ are those that were captured.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .groups import Grouping
@@ -24,7 +27,7 @@ def shrink(
     """Types and groups of `module`, the graph that `cut` leaves; twins: its node for each original node.
 
     Groups keep their numbers and names; one of which nothing is left has no variables. An axis that several values
-    share is one array here too.
+    share is one array here too. The nodes of `module` learn their new shapes.
     """
     known: dict[int, Terms] = {}
 
@@ -40,7 +43,11 @@ def shrink(
         return tuple(axis(item) if isinstance(item, np.ndarray) else value(item) for item in found)
 
     values: dict[Node, Value] = dict.fromkeys(module.graph.nodes)  # sizes that are computed anew have no axes
-    values.update({twins[node]: value(found) for node, found in types.values.items()})
+    for node, found in types.values.items():
+        twin = twins[node]
+        values[twin] = value(found)
+        if found is not None:
+            twin.meta["val"] = _shaped(node.meta["val"], values[twin])
     tensors = {name: value(axes) for name, axes in types.tensors.items()}
     smaller = replace(
         types,
@@ -54,3 +61,11 @@ def shrink(
     groups = tuple(replace(group, variables=group.variables[cut.alive[group.variables]]) for group in grouping.groups)
     numbers = {id(own): grouping.axis_number[whole] for whole, own in known.items()}
     return smaller, replace(grouping, groups=groups, axis_number=numbers)
+
+
+def _shaped(before: Any, axes: Value) -> Any:
+    """A value without numbers that has the new sizes, in the example, and the old type."""
+    if isinstance(before, Tensor):
+        return torch.empty([len(axis) for axis in axes], dtype=before.dtype, device="meta")
+    tensors = [item for item in before if isinstance(item, Tensor)]
+    return type(before)(_shaped(item, own) for item, own in zip(tensors, axes, strict=True))

@@ -350,21 +350,28 @@ def test_a_command_that_is_killed_twenty_times_ends_with_the_same_weights(home: 
     from safetensors.torch import load_file
 
     begun = time.monotonic()
-    whole = start(home, out="whole", epochs="20")
+    whole = start(home, out="whole", epochs="40")
     assert whole.wait(timeout=300) == 0
     length = time.monotonic() - begun
-    rng, kills, done = np.random.default_rng(0), 0, False
-    while not done:
-        process = start(home, *(["--resume"] if (home / "out-run" / "manifest.json").exists() else []), epochs="20")
+    wanted = load_file(home / "whole" / "model.safetensors")
+    rng, kills, number, ended = np.random.default_rng(0), 0, 0, 0
+    # A run that ends before it is killed twenty times is followed by another one.
+    while kills < 20 or not ended:
+        out = f"out{number}"
+        resumes = (home / f"{out}-run" / "manifest.json").exists()
+        process = start(home, *(["--resume"] if resumes else []), epochs="40", out=out)
         try:
-            done = process.wait(timeout=length * rng.uniform(0.2, 0.6) if kills < 20 else 300) == 0
+            patience = length * rng.uniform(0.3, 1.0) if kills < 20 else 300
+            assert process.wait(timeout=patience) == 0, process.communicate()[1]
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
-    wanted, found = (load_file(home / name / "model.safetensors") for name in ("whole", "out"))
-    assert kills >= 3
-    assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+            continue
+        found = load_file(home / out / "model.safetensors")
+        assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
+        number, ended = number + 1, ended + 1
+    assert kills == 20
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch.fx import GraphModule
 
 from slimc import eager
 from slimc.analysis import Analysis
-from slimc.errors import InternalError
 from slimc.graph.cost import Costs
 from slimc.graph.groups import Grouping
 from slimc.graph.infer import Types, attribute
@@ -24,7 +23,7 @@ from slimc.graph.resize import Cut
 from slimc.graph.shrink import shrink
 from slimc.graph.terms import Terms
 from slimc.recover import Task
-from slimc.rewrite import Rewritten, rewrite, shapes_agree
+from slimc.rewrite import Rewritten, rewrite
 from slimc.samples import Samples
 from slimc.trainable import trainable
 
@@ -144,8 +143,8 @@ class Network:
             return
         old, gated = self.module, self.gated
         carried = gates.detach(old, self.places) if gated else {}
-        self.synchronise()
-        types, _ = self.typed()
+        mends = mend is not None and samples is not None
+        types = self.typed()[0] if mends else None
         whole = self.analysis.types.tensors
         before, twins = self.cut_so_far, self.rewritten.twins
         graph, after = self.graph, Cut(self.analysis.types, alive & self.alive)
@@ -163,7 +162,8 @@ class Network:
                     buffer.copy_(extras[name])
         self.optimiser = states
         _like(old, self.module)
-        if mend is not None and samples is not None:
+        if mend is not None and samples is not None and types is not None:
+            self.typed()  # the new graph's nodes learn their shapes
             fresh = {before_node: self.rewritten.twins[node] for node, before_node in twins.items()}
             cut, work = Cut(types, self.alive), self.analysis.work
             mend(Task(graph.eval(), self.graph.eval(), fresh, types, cut, samples, work=work))
@@ -200,8 +200,6 @@ class Network:
         analysis, cut = self.analysis, self.cut_so_far
         with torch.random.fork_rng():
             rewritten = rewrite(analysis.types, cut, None if tensors is None else self._named(tensors))
-            if wrong := shapes_agree(analysis.types, cut, rewritten):
-                raise InternalError(f"the cut graph has a wrong shape at {wrong}; please report this with the model")
             own = eager.build(analysis.model, analysis.types, cut, rewritten, analysis.captured.example)
         self._rewritten = rewritten
         if own.module is None:
