@@ -75,9 +75,9 @@ def main() -> None:
         lines.append(f"| {repeat} | {masked:.1f} s | {cut:.1f} s | {masked / cut:.2f} |")
         print(lines[-1], flush=True)
     note = (
-        f"ResNet-20 on Fashion-MNIST, tick-tock to {100 * options.budget:g}% of the FLOPs in {options.epochs:g} epochs, "
+        f"ResNet-20 on Fashion-MNIST, tick-tock to {100 * options.budget:g}% of FLOPs in {options.epochs:g} epochs, "
         f"one thread: the run with physical cuts is {min(ratios):.2f} to {max(ratios):.2f} times as fast as the same "
-        "phases on the uncut network, cutting included."
+        "phases on the uncut network, cuts included."
     )
     write(RESULTS / "rewriting.md", "Physical cuts between ticks", [header(), note, "\n".join(lines)])
 
