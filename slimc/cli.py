@@ -71,7 +71,10 @@ def compress(
     resume: Resume = False,
     norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude; l1 chooses it")] = "l2",
     normalise: Annotated[
-        str, typer.Option(help="how groups are made comparable: mean, max, l2, cost, none; auto: what suits the scorer")
+        str,
+        typer.Option(
+            help="how groups are made comparable: mean, max, l2, cost, isomorphic, none; auto: what suits the scorer"
+        ),
     ] = "auto",
     recover: Recover = "auto",
     data: Data = None,
@@ -111,8 +114,12 @@ def compress(
         compiler.alignment_of(round_to)
         compiler.recover_steps(recover)
         training = _training_options(schedule, epochs, rate, batch_size, distil, settings, resume, data)
+        # A run can be stopped between writing its result and being cleared: going on writes the same result again.
+        overwrite = overwrite or (resume and training is not None)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
+        if training is not None and (norm != "l2" or normalise != "auto" or samples is not None):
+            raise UsageError("--norm, --normalise and --samples are for one cut without training; leave them out")
         if training is not None and data is not None:
             from .training.command import resumable
 

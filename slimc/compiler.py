@@ -83,10 +83,12 @@ def compress(
     else `magnitude`. recover: "auto" (all that the samples allow), "none" or a list. loss: takes outputs
     and targets, gives a mean over samples; cross entropy if not given. schedule, epochs, val: train while cutting, on
     `data` with labels; see `slimc.schedule`, which also takes the methods' settings. normalise: how groups are made
-    comparable ("mean", "max", "l2", "cost", "none"; "auto" is what suits the scorer).
+    comparable ("mean", "max", "l2", "cost", "isomorphic", "none"; "auto" is what suits the scorer).
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     if schedule != "one-shot" or epochs is not None:
+        if norm != "l2" or normalise != "auto" or samples is not None:
+            raise UsageError("norm, normalise and samples are for one cut without training; leave them out")
         from .training.api import schedule as start
 
         if epochs is None:
@@ -124,6 +126,8 @@ def compress(
         ranked = scores.normalise(found, footing)
         if footing == "cost":
             ranked = planner.per_cost(ranked, analysis, limits)
+        elif footing == "isomorphic":
+            ranked = planner.isomorphic(ranked, analysis)
         whole_groups = scores.unscored(found)
     with stages.stage("plan"):
         choice = planner.plan(

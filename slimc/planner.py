@@ -21,6 +21,7 @@ from .budget import amount
 from .errors import UnreachableTarget
 from .graph.cost import Costs, Widths
 from .graph.groups import Grouping
+from .graph.rule import operator_name
 from .scores import Scores
 
 if TYPE_CHECKING:
@@ -125,6 +126,35 @@ def per_cost(
             before, after = (float(getattr(costs, METRIC[metric])) for costs in (whole, less))
             freed += (before - after) / max(before - limit, _SMALL_SHARE * before)
         ranked.append(own / max(freed, _SMALL_SHARE))
+    return ranked
+
+
+def isomorphic(scores: Sequence[Scores], analysis: Analysis) -> list[Scores]:
+    """Ranks within classes of groups that are alike: every class then loses the same share of its channels.
+
+    Two groups are alike where the same operators use the same axes of their members, in the same order; sizes do not
+    matter. A group without a score keeps it (NaN). Source: Fang et al., "Isomorphic Pruning for Vision Models" (ECCV
+    2024), section 3.2.
+    """
+    users: dict[str, str] = {}
+    for node in analysis.captured.module.graph.nodes:
+        if node.op == "get_attr":
+            users[str(node.target)] = ",".join(sorted({operator_name(user) for user in node.users}))
+    classes: dict[tuple[tuple[str, int, int], ...], list[int]] = {}
+    tensors = analysis.types.tensors
+    for group in analysis.groups:
+        if not np.isnan(scores[group.number]).any():
+            kind = tuple((users.get(m.tensor, ""), len(tensors[m.tensor]), m.axis) for m in group.members)
+            classes.setdefault(kind, []).append(group.number)
+    ranked = [own.copy() for own in scores]
+    for members in classes.values():
+        together = np.concatenate([scores[number] for number in members])
+        places = np.empty(len(together))
+        places[np.argsort(together, kind="stable")] = np.arange(1, len(together) + 1) / max(1, len(together))
+        for number, own in zip(
+            members, np.split(places, np.cumsum([len(scores[n]) for n in members])[:-1]), strict=True
+        ):
+            ranked[number] = own
     return ranked
 
 

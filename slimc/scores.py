@@ -154,8 +154,9 @@ def normalise(scores: Sequence[Scores], how: str = "mean") -> list[Scores]:
     """Make groups of different size and scale comparable for one ranking.
 
     how: "mean", "max", "l2" divide each group's scores by their mean, largest value, or root of the sum of squares;
-    "none" leaves them as they are, and so does "cost", after which each score is divided by what a channel of the group
-    frees (`planner.per_cost`). A group without a score, or with zeros only, gets ones.
+    "none" leaves them as they are, and so do "cost", after which each score is divided by what a channel of the group
+    frees (`planner.per_cost`), and "isomorphic", after which groups are compared with those like them alone
+    (`planner.isomorphic`). A group without a score, or with zeros only, gets ones.
     Raises UsageError for another name.
     """
     if how not in NORMALISATIONS:
@@ -173,4 +174,5 @@ NORMALISATIONS: dict[str, Callable[[Scores], float]] = {
     "l2": lambda own: float(np.linalg.norm(own)),
     "none": lambda own: 1.0 - float(np.isnan(own).any()),
     "cost": lambda own: 1.0 - float(np.isnan(own).any()),
+    "isomorphic": lambda own: 1.0 - float(np.isnan(own).any()),
 }

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import slimc
 from slimc.errors import UnreachableTarget
 from slimc.graph.cost import Costs, Widths
 from slimc.graph.groups import Axis, Group, Grouping, Member
-from slimc.planner import METRIC, Choice, plan, steps
+from slimc.planner import METRIC, Choice, isomorphic, plan, steps
 
 Array = npt.NDArray[np.float64]
 
@@ -293,3 +296,46 @@ def test_of_a_product_of_groups_only_the_widest_is_rounded() -> None:
     heads, size = (Group(n, f"g{n}", np.arange(w), (), True, 1) for n, w in ((0, 12), (1, 64)))
     grouping = Grouping((heads, size), np.zeros(0, np.int64), (Axis(((1, (0, 1)),)),), {})
     assert steps(grouping, 8).tolist() == [1, 8]
+
+
+class Two(nn.Module):
+    """Two linear chains of the same kind, and a convolution that is of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(6, 20), nn.Linear(20, 30), nn.Linear(30, 4)
+        self.conv, self.head = nn.Conv1d(1, 10, 3), nn.Linear(40, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 6] to [N, 4] and [N, 2]."""
+        return self.last(torch.relu(self.b(torch.relu(self.a(x))))), self.head(self.conv(x[:, None]).flatten(1))
+
+
+def isomorphic_widths(scale: float) -> list[int]:
+    torch.manual_seed(0)
+    analysis = slimc.inspect(Two(), torch.randn(2, 6))
+    rng = np.random.default_rng(0)
+    found = [rng.uniform(size=group.width) for group in analysis.groups]
+    conv = next(group.number for group in analysis.groups if group.width == 10)
+    found[conv] *= scale
+    ranked = isomorphic(found, analysis)
+    kept = plan(
+        analysis.grouping, analysis.cost, ranked, {"params": 0.5 * analysis.params}, round_to=1, may_relax=False
+    )
+    return [int(width) for width in kept.widths]
+
+
+def test_kinds_of_groups_lose_the_same_share_whatever_their_scores() -> None:
+    widths = isomorphic_widths(1.0)
+    assert widths == isomorphic_widths(1000.0)
+    linear, conv = (widths[0] + widths[1]) / 50, widths[2] / 10
+    assert abs(linear - conv) <= 0.1
+    assert conv < 1
+
+
+def test_groups_of_one_kind_are_ranked_together() -> None:
+    analysis = slimc.inspect(Two(), torch.randn(2, 6))
+    weak, strong = np.linspace(0, 1, 20), np.linspace(2, 3, 30)
+    ranked = isomorphic([weak, strong, np.full(10, np.nan)], analysis)
+    assert ranked[0].max() < ranked[1].min()
+    assert np.isnan(ranked[2]).all()
