@@ -24,7 +24,7 @@ from slimc.training.phase import Phase
 from slimc.training.run import Run
 from slimc.training.schedule import schedule
 
-TICKS, TOCKS, FINETUNE = 10, 3, 0.6
+TICKS, TOCKS, FINETUNE = 5, 2, 0.7
 
 
 @schedule("masks-only", "the phases of tick-tock on the uncut network", "bench/rewriting.py")

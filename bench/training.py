@@ -43,7 +43,7 @@ METHODS = (
     "soft:none", "csgd", "csgd:none", "lottery:none", "scratch:none",
 )  # fmt: skip
 RECIPE = Recipe(rate=0.05)
-PUBLISHED = {"tick-tock": {"per_cost": False}}
+PUBLISHED = {"tick-tock": {"lift": "sum"}}
 """Settings that make a schedule what was published, beside fitting nothing after cuts."""
 _STEPS = 10
 _PIECES = 400

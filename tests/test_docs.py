@@ -83,7 +83,7 @@ def test_the_page_of_training_names_each_schedule_with_its_settings() -> None:
         assert f"| {method.summary} |" in row.replace("`--scorer`", "--scorer")
         assert f"| {method.source} |" in row
         for setting, default in method.settings({}).items():
-            shown = re.search(rf"`{setting}` \(([^):,]+)", row)
+            shown = re.search(rf"`{setting}` \(([^):,; ]+)", row)
             assert shown is not None, (name, setting)
             assert type(default)(shown[1]) == default, (name, setting)
 

@@ -2,9 +2,9 @@
 
 Source: You, Yan, Ye, Ma and Wang, "Gate Decorator: Global Filter Pruning Method for Accelerating Deep Convolutional
 Neural Networks" (NeurIPS 2019), equations 6 to 9, and the authors' code for what the paper leaves open: which
-parameters move, the triangular rate, the first Tock, the score once per mini-batch. Two things are ours: how far each
+parameters move, the triangular rate, the first Tock, the score once per mini-batch. Three things are ours: how far each
 Tick cuts follows from the budget unless `fraction` is given (the authors cut a fixed share of the filters until they
-arrive), and phases are shares of the epochs that the user has.
+arrive), phases are shares of the epochs that the user has, and scores of coupled gates are averaged (`lift`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from slimc.errors import UsageError
 from slimc.scores import Scores
 from slimc.training import lifts
 from slimc.training.gates import gates_of, plain_name
@@ -33,25 +34,28 @@ _TOCKS = 0.6
 def tick_tock(
     run: Run,
     *,
-    ticks: int = 10,
-    tocks: int = 3,
+    ticks: int = 5,
+    tocks: int = 2,
     fraction: float = 0.0,
     penalty: float = 1e-3,
-    per_cost: bool = True,
-    finetune: float = 0.6,
+    lift: str = "mean",
+    per_cost: bool = False,
+    finetune: float = 0.7,
 ) -> Iterator[Phase]:
     """Tock, then `ticks` Ticks, and again until the budget holds, `tocks` times at most; then fine-tuning.
 
     fraction: the share of the filters that are left that each Tick removes, as published (0.002 there), but for the
     last of all, which meets the budget; 0 cuts so that `tocks` rounds reach it. penalty: of the gates' absolute
-    values in Tocks (lambda). per_cost: scores are divided by what a channel frees of the budget; as published, they
-    are not, and a stream that many layers write to keeps all of its channels, since its members' scores are summed.
-    finetune: share of the epochs after the last cut.
+    values in Tocks (lambda). lift: a channel's score is the "sum" over its gates (equation 9, under which a stream that
+    many layers write to keeps nearly all of its channels) or their "mean". per_cost: scores are divided by what a
+    channel frees of the budget. finetune: share of the epochs after the last cut.
     """
     demand(1, ticks=ticks, tocks=tocks)
     demand(0, 0.999, fraction=fraction)
     demand(0, penalty=penalty)
     demand(0, 1, finetune=finetune)
+    if lift not in ("sum", "mean"):
+        raise UsageError(f"--set lift={lift}: known are sum and mean")
     lifts.check_reachable(run.network, run.network.places, run.selection)
     run.gate()
     before = (1 - finetune) * run.options.epochs
@@ -64,6 +68,8 @@ def tick_tock(
         yield tick
         done += 1
         values = lifts.summed(run.network, run.network.places, tick.tally)
+        if lift == "mean":
+            values /= lifts.members_of_channels(run.network, run.network.places)
         if fraction and done < planned:  # after that there are no epochs to score with
             run.cut(partial(_published, run, values, fraction))
         else:

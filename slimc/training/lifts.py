@@ -59,6 +59,11 @@ def members(network: Network, found: tuple[Place, ...]) -> list[int]:
     return counts
 
 
+def members_of_channels(network: Network, found: tuple[Place, ...]) -> Scores:
+    """[variables] how many places each channel has; NaN for none."""
+    return summed(network, found, {name: torch.ones_like(own) for name, own in zeros(network, found).items()})
+
+
 def living(network: Network, place: Place, alive: npt.NDArray[np.bool_]) -> Tensor:
     """Which of a place's present rows another choice of channels would keep, [rows]."""
     rows = factors(network, place)
