@@ -142,7 +142,7 @@ def test_phases_can_be_trained_by_ones_own_loop() -> None:
         names.append(phase.name)
         assert phase.metrics == {"loss": None, "accuracy": None}
     assert names[0] == "tock"
-    assert 20 <= names.count("tick") <= 30  # the budget can hold a little early: channels are whole
+    assert 7 <= names.count("tick") <= 10  # the budget can hold a little early: channels are whole
     assert names[-1] == "finetune"
     assert run.result.report.targets["flops"].met
 

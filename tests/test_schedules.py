@@ -313,9 +313,9 @@ def test_ticks_and_tocks_take_turns_and_the_flops_fall_until_the_budget_holds() 
         if phase.name != "tock":
             shares.append(phase.flops)
     assert names == ["tock", "tick", "tick", "tick"] * 2 + ["finetune"]
-    # Tocks have 0.3 of two epochs, and so have Ticks.
-    tick = 0.4 * 0.8 / 6
-    assert lengths == pytest.approx([0.24, tick, tick, tick] * 2 + [1.2])
+    # Before fine-tuning there are 0.3 of two epochs, of which Tocks have 0.6.
+    tick = 0.4 * 0.6 / 6
+    assert lengths == pytest.approx([0.18, tick, tick, tick] * 2 + [1.4])
     assert all(later < earlier for earlier, later in pairwise(shares))
     assert shares[0] == 1
     for done, share in enumerate(shares[1:], 1):
@@ -325,7 +325,7 @@ def test_ticks_and_tocks_take_turns_and_the_flops_fall_until_the_budget_holds() 
 
 @pytest.mark.parametrize("make", [Plain, Wide])
 def test_a_tick_as_published_removes_a_share_of_the_filters_counted_over_members(make: type[nn.Module]) -> None:
-    run = begin("tick-tock", seeded(make), flops=0.2, settings={"ticks": 2, "fraction": 0.1})
+    run = begin("tick-tock", seeded(make), flops=0.2, settings={"ticks": 2, "tocks": 3, "lift": "sum", "fraction": 0.1})
     members = {40: 1, 60: 1, 16: 2, 12: 1}
     left = [members[group.width] for group in run.analysis.groups]
     before: Any = None
@@ -361,10 +361,10 @@ def test_ticks_of_a_fixed_share_end_with_the_budget_and_leave_epochs_to_fine_tun
     flops: float, fraction: float
 ) -> None:
     # A tenth of each group is more than the first budget; the steps to the second one would not end in time.
-    run = begin("tick-tock", seeded(Plain), flops=flops, settings={"ticks": 2, "fraction": fraction})
+    run = begin("tick-tock", seeded(Plain), flops=flops, settings={"ticks": 2, "tocks": 3, "fraction": fraction})
     phases = [(phase.name, phase.epochs) for phase in run]
     assert [name for name, _ in phases] == ["tock", "tick", "tick"] * 3 + ["finetune"]
-    assert phases[-1][1] == pytest.approx(1.2)
+    assert phases[-1][1] == pytest.approx(1.4)
     assert run.share <= flops
 
 
