@@ -146,7 +146,8 @@ def compress(
         warnings.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
     if wanted and not calibration:
         warnings.append(
-            "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs"
+            "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs "
+            "(for large pictures --samples N does so, however long it takes)"
         )
     slim = build(analysis, cut, facts, results, chosen, stages, warnings, name)
     if steps and calibration:

@@ -16,12 +16,12 @@ LIMIT = 512
 _AFFORDABLE = 1.7e12
 _FEWEST = 32
 _MADE_UP = 5e11
-_FEWEST_MADE_UP = 8
+_FEWEST_MADE_UP = 20
 _TARGETS = ("labels", "label", "targets", "target")
 
 
 def made_up(work: float) -> int:
-    """How many samples are made up by default: 256, fewer where one takes long, none where eight take too long.
+    """How many samples are made up by default: 256, fewer where one takes long, none where 20 take too long.
 
     work: `Analysis.work`, what one sample takes.
     """
