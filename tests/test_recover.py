@@ -342,3 +342,43 @@ def test_a_split_sets_aside_a_share_of_every_batch_or_whole_batches() -> None:
     assert len(judged.batches) == 1
     with pytest.raises(UsageError, match="gave 1 batch"):
         Samples(batches[:1], "here", whole=True).split(0.2)
+
+
+class Literal(nn.Module):
+    """Its forward holds a size, so that the result is the graph, in which a module says whether it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.drop, self.last = nn.Dropout(0.1), nn.Linear(8 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, 4, 4] to [N, 4]."""
+        return self.last(self.drop(torch.relu(self.norm(self.first(x))).reshape(-1, 8 * 16)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "bias", "scale", "bn"])
+def test_a_graph_with_modules_in_it_is_fitted_like_any_other(name: str) -> None:
+    model, data = seeded(Literal), noise(96, 3, 4, 4, seed=1)
+    slim = slimc.compress(model, data[:2], params=0.6, round_to=1, scorer="random", recover="none")
+    assert slim.module is slim.graph
+    assert any(node.op == "call_module" for node in slim.graph.graph.nodes)
+    with torch.no_grad():
+        before = float((slim.module.eval()(data) - model(data)).square().mean())
+    slim.recover(name, list(torch.split(data, 32)))
+    with torch.no_grad():
+        after = float((slim.module(data) - model(data)).square().mean())
+    assert slim.report.recovery
+    assert after < before or name == "bn"
+
+
+def test_few_samples_are_joined_by_made_up_ones_that_nothing_is_judged_by() -> None:
+    data = noise(32, 3, 8, 8, seed=1)
+    options: dict[str, Any] = {"flops": 0.6, "round_to": 1, "recover": "reconstruct"}
+    few = slimc.compress(seeded(Block), data[:2], data=[data], **options).report.calibration
+    many = slimc.compress(seeded(Block), data[:2], data=[noise(200, 3, 8, 8, seed=1)], **options).report.calibration
+    assert few is not None
+    assert many is not None
+    assert (few.judged, few.fitted) == (6, 26 + 256)
+    assert few.source.startswith("26 samples of --data and 256 synthetic pictures")
+    assert (many.judged, many.fitted, many.source) == (40, 160, "--data")
