@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
@@ -107,8 +108,9 @@ class Run:
         example = analysis.captured.example
         device = next((tensor.device for tensor in example.tensors()), None)
         self.stream = None if data is None else Stream(data, example, options.seed, device)
-        with kept_random_state():  # a DataLoader draws from the global state even where it does not shuffle
-            self.val = None if val is None else [to_device(batch_of(item, example), device) for item in val]
+        if isinstance(val, Iterator):
+            raise UsageError("the validation data can be read only once; give a DataLoader or a list of batches")
+        self._val, self._device = val, device
         self._journal = Journal(self._wake)
         self._kept: dict[str, dict[str, Tensor]] = {}
         self._middle: Mapping[str, Any] | None = None
@@ -304,24 +306,21 @@ class Run:
     def measure(self, phase: Phase) -> float | None:
         """Validation accuracy at the end of a phase; short phases go unmeasured until half an epoch has passed."""
         self.spent += phase.epochs
-        if not self.val or (phase.name != "finetune" and self.spent - self._measured_at < _MEASURED_EVERY):
+        if self._val is None or (phase.name != "finetune" and self.spent - self._measured_at < _MEASURED_EVERY):
             return None
         self._measured_at = self.spent
         return self.accuracy_of(self.network.module)
 
     def accuracy_of(self, module: nn.Module) -> float | None:
         """Validation accuracy of any module; None without validation data."""
-        if not self.val:
-            return None
-        own = self.val[workers.rank() :: workers.count()]
-        return evaluate(module, own, self.metric, self.options.recipe)
+        return None if self._val is None else self.accuracy_on(module, self._val)
 
     def accuracy_on(self, module: nn.Module, batches: Iterable[Any]) -> float:
-        """Accuracy on other batches, each process for itself."""
-        example = self.analysis.captured.example
-        device = next((tensor.device for tensor in example.tensors()), None)
-        own = (to_device(batch_of(item, example), device) for item in batches)
-        return evaluate(module, own, self.metric, self.options.recipe)
+        """Accuracy on other batches, of which each process looks at its part."""
+        with kept_random_state():  # a DataLoader draws from the global state even where it does not shuffle
+            mine = itertools.islice(iter(batches), workers.rank(), None, workers.count())
+            own = (to_device(batch_of(item, self.analysis.captured.example), self._device) for item in mine)
+            return evaluate(module, own, self.metric, self.options.recipe)
 
     def is_due(self) -> bool:
         """Whether it is time for a checkpoint."""
