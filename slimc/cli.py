@@ -76,6 +76,9 @@ def compress(
             help="how groups are made comparable: mean, max, l2, cost, isomorphic, none; auto: what suits the scorer"
         ),
     ] = "auto",
+    select: Annotated[
+        str, typer.Option(help="greedy: by one ranking; exact: the most score within the targets (slower)")
+    ] = "greedy",
     recover: Recover = "auto",
     data: Data = None,
     samples: SamplesOption = None,
@@ -118,8 +121,10 @@ def compress(
         overwrite = overwrite or (resume and training is not None)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
-        if training is not None and (norm != "l2" or normalise != "auto" or samples is not None):
-            raise UsageError("--norm, --normalise and --samples are for one cut without training; leave them out")
+        if training is not None and (norm != "l2" or normalise != "auto" or select != "greedy" or samples is not None):
+            raise UsageError(
+                "--norm, --normalise, --select and --samples are for one cut without training; leave them out"
+            )
         if training is not None and data is not None:
             from .training.command import resumable
 
@@ -140,6 +145,7 @@ def compress(
             scorer=scorer,
             norm=norm,
             normalise=normalise,
+            select=select,
             recover=recover,
             data=batches,
             samples=samples,

@@ -28,6 +28,7 @@ from .report import (
     GroupRow,
     Method,
     Report,
+    Selection,
     TargetResult,
     Verification,
 )
@@ -61,6 +62,7 @@ def compress(
     epochs: float | None = None,
     norm: str = "l2",
     normalise: str = "auto",
+    select: str = "greedy",
     recover: str | Sequence[str] = "auto",
     data: Iterable[Any] | None = None,
     samples: int | None = None,
@@ -83,12 +85,13 @@ def compress(
     else `magnitude`. recover: "auto" (all that the samples allow), "none" or a list. loss: takes outputs
     and targets, gives a mean over samples; cross entropy if not given. schedule, epochs, val: train while cutting, on
     `data` with labels; see `slimc.schedule`, which also takes the methods' settings. normalise: how groups are made
-    comparable ("mean", "max", "l2", "cost", "isomorphic", "none"; "auto" is what suits the scorer).
+    comparable ("mean", "max", "l2", "cost", "isomorphic", "none"; "auto" is what suits the scorer). select:
+    "greedy", by one ranking, or "exact", which keeps the most score within the budgets.
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     if schedule != "one-shot" or epochs is not None:
-        if norm != "l2" or normalise != "auto" or samples is not None:
-            raise UsageError("norm, normalise and samples are for one cut without training; leave them out")
+        if norm != "l2" or normalise != "auto" or select != "greedy" or samples is not None:
+            raise UsageError("norm, normalise, select and samples are for one cut without training; leave them out")
         from .training.api import schedule as start
 
         if epochs is None:
@@ -101,6 +104,8 @@ def compress(
         return trained
     targets = targets_of(flops=flops, params=params, size=size, memory=memory)
     alignment, wanted = alignment_of(round_to), recover_steps(recover)
+    if select not in ("greedy", "exact"):
+        raise UsageError(f"--select {select}: known are greedy and exact")
     if scorer == "auto" and norm != "l2":
         scorer = "magnitude"  # the only one that takes a norm
     if scorer != "auto":
@@ -123,7 +128,7 @@ def compress(
         subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
         found = method.score(subject)
         footing = method.normalisation if normalise == "auto" else normalise
-        ranked = scores.normalise(found, footing)
+        ranked = valued = scores.normalise(found, footing)
         if footing == "cost":
             ranked = planner.per_cost(ranked, analysis, limits)
         elif footing == "isomorphic":
@@ -134,6 +139,9 @@ def compress(
             analysis.grouping, analysis.cost, ranked, limits,
             round_to=alignment, may_relax=round_to == "auto", ignored=[*analysis.matching(ignore), *whole_groups],
         )  # fmt: skip
+        selection = None
+        if select == "exact":
+            choice, selection = _exactly(analysis, valued, limits, choice, [*analysis.matching(ignore), *whole_groups])
         cut = _cut(analysis, choice)
     how = {"scorer": method.name, "norm": norm, "schedule": "one-shot", "round_to": choice.round_to, "seed": seed}
     facts = facts_of(model, targets, limits, how)
@@ -150,6 +158,7 @@ def compress(
             "(for large pictures --samples N does so, however long it takes)"
         )
     slim = build(analysis, cut, facts, results, chosen, stages, warnings, name)
+    slim.report = replace(slim.report, selection=selection)
     if steps and calibration:
         slim.fit(steps, calibration, extra)
     return slim
@@ -352,6 +361,22 @@ def gather(
         return _invented(analysis, seed, stages)
     with stages.stage("synthesise"):
         return synthetic(captured, limit, analysis.work, seed)
+
+
+def _exactly(
+    analysis: Analysis,
+    valued: Sequence[scores.Scores],
+    limits: Mapping[str, float],
+    greedy: planner.Choice,
+    ignored: Sequence[int],
+) -> tuple[planner.Choice, Selection]:
+    """Widths by exact selection, from the greedy ones on, and how much score each keeps."""
+    from . import exact
+
+    search = planner.Search(analysis.grouping, analysis.cost, valued, limits, greedy.round_to, frozenset(ignored), None)
+    widths = exact.improve(search, greedy.widths)
+    before, after = (exact.share_kept(search, own) for own in (greedy.widths, widths))
+    return search.result(widths), Selection("exact", before, after)
 
 
 def _invented(analysis: Analysis, seed: int, stages: Stages) -> Samples | None:

@@ -71,7 +71,7 @@ def plan(
     """
     attempt = round_to
     while True:
-        search = _Search(grouping, cost, scores, limits, attempt, frozenset(ignored), protected)
+        search = Search(grouping, cost, scores, limits, attempt, frozenset(ignored), protected)
         smallest = cost(search.smallest)
         if search.fits(smallest):
             return search.choose()
@@ -158,7 +158,7 @@ def isomorphic(scores: Sequence[Scores], analysis: Analysis) -> list[Scores]:
     return ranked
 
 
-class _Search:
+class Search:
     """One search with one alignment."""
 
     def __init__(
@@ -198,6 +198,17 @@ class _Search:
         ranked: npt.NDArray[np.int64] = np.concatenate(groups)[order]
         return ranked
 
+    def allowed(self, number: int) -> Widths:
+        """Widths that a group may have, ascending."""
+        least, most, step = (int(own[number]) for own in (self.smallest, self.full, self.step))
+        steps = np.arange(-(-least // step) * step, most + 1, step, dtype=np.int64)
+        return np.union1d(steps, [least, most])
+
+    def result(self, widths: Widths) -> Choice:
+        """The choice with these widths: the best channels of each group."""
+        kept = tuple(np.sort(order[:width]) for order, width in zip(self.order, widths.tolist(), strict=True))
+        return Choice(kept, widths, self.cost(widths), self.round_to)
+
     def fits(self, costs: Costs) -> bool:
         """Whether every limit holds."""
         return all(getattr(costs, METRIC[metric]) <= limit for metric, limit in self.limits.items())
@@ -211,9 +222,7 @@ class _Search:
                 high = middle
             else:
                 low = middle + 1
-        widths = self._give_back(self._widths(high))
-        kept = tuple(np.sort(order[:width]) for order, width in zip(self.order, widths.tolist(), strict=True))
-        return Choice(kept, widths, self.cost(widths), self.round_to)
+        return self.result(self.give_back(self._widths(high)))
 
     def _widths(self, removed: int) -> Widths:
         left = self.full - np.bincount(self.ranking[:removed], minlength=len(self.full))
@@ -227,7 +236,8 @@ class _Search:
         nearest = np.where(left == down, left, nearest)
         return np.clip(np.where(left == self.full, left, nearest), self.smallest, self.full)
 
-    def _give_back(self, widths: Widths) -> Widths:
+    def give_back(self, widths: Widths) -> Widths:
+        """Add channels, best first, wherever the budgets still hold."""
         widths = widths.copy()
         waiting = [(-self._next_score(n, widths), n) for n in range(len(widths)) if widths[n] < self.full[n]]
         heapq.heapify(waiting)

@@ -172,6 +172,20 @@ class RecoveryStep:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """How much of all channels' scores stays: by the greedy ranking, and by the selection that was used."""
+
+    method: str
+    greedy: float
+    kept: float
+
+    @property
+    def gap(self) -> float:
+        """By how much of the score that was kept the greedy ranking falls short."""
+        return 1 - self.greedy / self.kept if self.kept else 0.0
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The samples that recovery saw: where they come from, how many were fitted, and how many judged by.
 
@@ -252,6 +266,7 @@ class Report:
     seconds: Mapping[str, float | None]
     environment: Environment
     verification: Verification | None = None
+    selection: Selection | None = None
     recovery: tuple[RecoveryStep, ...] | None = None
     calibration: Calibration | None = None
     training: Training | None = None
