@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,32 +11,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import __version__, budget, eager, planner, scores
+from . import budget, eager, planner, scores
 from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
+from .describe import facts_of, report_of, results_of, versions, warnings_of
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
 from .graph.cost import Costs
 from .graph.resize import Cut
 from .plan import Plan, make, weights_sha256
-from .report import (
-    Change,
-    Environment,
-    FrozenOperator,
-    GroupRow,
-    Method,
-    Report,
-    Selection,
-    TargetResult,
-    Verification,
-)
+from .report import Method, Selection, TargetResult
 from .result import Compressed, evaluating
 from .rewrite import rewrite, shapes_agree
 from .samples import Samples, affordable, collect, made_up
 from .synthetic import synthetic
 from .trainable import trainable
-from .verify import Proof, random_inputs, verify
+from .verify import random_inputs, verify
 
 __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
 
@@ -191,7 +181,7 @@ def apply(
     numbers = [value if isinstance(value := method.get(key), int) else 1 for key in ("round_to", "seed")]
     chosen = Method(names[0], names[1], numbers[0], numbers[1])
     facts = {
-        "targets": plan.targets, "method": method, "versions": _versions(), "source_sha256": weights_sha256(model)
+        "targets": plan.targets, "method": method, "versions": versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip
     slim = build(analysis, cut, facts, {}, chosen, stages, [], name)
     seed = numbers[1]
@@ -267,27 +257,6 @@ def limits_of(targets: Sequence[Target], analysis: Analysis, stages: Stages) -> 
     return limits
 
 
-def facts_of(
-    model: nn.Module, targets: Sequence[Target], limits: Mapping[str, float], method: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a plan says of where it came from."""
-    return {
-        "targets": {t.metric: {"text": t.text, "limit": limits[t.metric]} for t in targets},
-        "method": dict(method),
-        "versions": _versions(),
-        "source_sha256": weights_sha256(model),
-    }
-
-
-def results_of(limits: Mapping[str, float], before: Costs, after: Costs) -> dict[str, TargetResult]:
-    """What each target asked and got."""
-    found = {}
-    for metric, limit in limits.items():
-        full, left = (getattr(costs, planner.METRIC[metric]) for costs in (before, after))
-        found[metric] = TargetResult(limit / full, left / full, full, left)
-    return found
-
-
 def build(
     analysis: Analysis,
     cut: Cut,
@@ -316,8 +285,8 @@ def build(
     plan = make(types, analysis.grouping, cut, **facts)
     plan = replace(plan, attributes=own.attributes if own.module else None, attributes_note=own.reason)
     before, after = analysis.full, _costs(analysis, cut)
-    warnings = [*warnings, *_warnings(analysis, own)]
-    report = _report(analysis, cut, targets, method, proof, stages, (before, after), warnings, name)
+    warnings = [*warnings, *warnings_of(analysis, own)]
+    report = report_of(analysis, cut, targets, method, proof, stages, (before, after), warnings, name)
     return Compressed(module, rewritten, cut, analysis, plan, report, stages)
 
 
@@ -417,64 +386,3 @@ def _with_modes(module: nn.Module, modes: Mapping[str, bool]) -> nn.Module:
     for path, child in module.named_modules():
         child.training = modes.get(path, child.training)
     return module
-
-
-def _versions() -> dict[str, str]:
-    return {"slimc": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _warnings(analysis: Analysis, own: eager.Eager) -> list[str]:
-    warnings = []
-    if analysis.captured.batch_note:
-        warnings.append(f"the batch size is fixed at {analysis.captured.batch}: {analysis.captured.batch_note}")
-    if own.reason:
-        warnings.append(f"the result is the graph as a module, not {type(analysis.model).__name__}: {own.reason}")
-    if analysis.frozen:
-        names = ", ".join(sorted({cause.op for cause in analysis.frozen}))
-        warnings.append(f"channels were left alone around {names}")
-    return warnings
-
-
-def _report(
-    analysis: Analysis,
-    cut: Cut,
-    targets: Mapping[str, TargetResult],
-    method: Method,
-    proof: Proof,
-    stages: Stages,
-    costs: tuple[Costs, Costs],
-    warnings: list[str],
-    name: str | None,
-) -> Report:
-    before, after = costs
-    groups = analysis.groups
-    kept = [int(cut.alive[g.variables].sum()) for g in groups]
-    here = machine.describe()
-    return Report(
-        model=name or type(analysis.model).__name__,
-        targets=targets,
-        macs=Change(round(before.macs), round(after.macs)),
-        params=Change(before.params, after.params),
-        size=Change(before.size, after.size),
-        memory=Change(round(before.memory), round(after.memory)),
-        method=method,
-        groups=tuple(
-            GroupRow(g.name, g.width, k, g.exact, tuple((m.tensor, m.axis) for m in g.members))
-            for g, k in zip(groups, kept, strict=True)
-        ),
-        frozen=tuple(FrozenOperator(c.op, c.node, c.module, c.reason) for c in analysis.frozen),
-        seconds=dict(stages.seconds),
-        environment=Environment(
-            slimc=__version__, python=platform.python_version(), torch=torch.__version__,
-            onnxruntime=here.versions.get("onnxruntime"), platform=here.platform, cpu=here.cpu,
-            threads=torch.get_num_threads(),
-            accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        ),
-        verification=Verification(
-            passed=True, max_relative_error=proof.max_relative_error, moved=proof.moved, dtype=proof.dtype,
-            inputs=proof.inputs, groups=sum(k < g.width for g, k in zip(groups, kept, strict=True)),
-            renormalising_groups=sum(k < g.width and not g.exact for g, k in zip(groups, kept, strict=True)),
-            redrawn=proof.redrawn,
-        ),
-        warnings=tuple(warnings),
-    )  # fmt: skip

@@ -147,6 +147,18 @@ def test_phases_can_be_trained_by_ones_own_loop() -> None:
     assert run.result.report.targets["flops"].met
 
 
+def test_a_loop_that_was_left_is_gone_on_with() -> None:
+    wanted, run, names = weights(begin(epochs=2)), begin(epochs=2), []
+    for phase in run:
+        names.append(phase.name)
+        if len(names) == 3:
+            break
+    found = weights(run)
+    assert names == ["tock", "tick", "tick"]
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert list(run) == []
+
+
 def test_asking_for_metrics_trains_a_phase_once() -> None:
     run = begin("one-shot", epochs=1)
     for phase in run:

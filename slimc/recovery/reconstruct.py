@@ -30,7 +30,7 @@ from slimc.regression import Fit, Moments, choose
 
 ROWS = 40_000
 _ROWS_PER_INPUT = 10
-_NUMBERS = 30_000_000
+_NUMBERS = 12_000_000
 """At most so many inputs are gathered at once: a depthwise convolution has few for each of many groups."""
 _WIDEST = 6_144
 """Inputs of a reader beyond which its normal equations (inputs squared, in float64) are too large."""

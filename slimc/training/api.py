@@ -14,6 +14,7 @@ from torch import nn
 from slimc import compiler, planner, recover, scores
 from slimc.analysis import Analysis, Progress, Stages, analyse
 from slimc.budget import Target
+from slimc.describe import facts_of, results_of
 from slimc.errors import UsageError
 from slimc.plan import weights_sha256
 from slimc.report import Accuracy, Method, Training, TrainingPoint
@@ -23,8 +24,9 @@ from . import schedule as registry
 from .folder import RunFolder
 from .loop import Loss, Metric
 from .network import Network
+from .options import Options
 from .recipe import Recipe
-from .run import Options, Run
+from .run import Run
 
 MEND = ("reconstruct", "bn")
 """What `recover="auto"` does after every cut of a schedule."""
@@ -138,8 +140,8 @@ def _compressed(
         "scorer": options.scorer, "schedule": run.schedule.name, "epochs": options.epochs, "seed": options.seed,
         "round_to": options.round_to, "settings": dict(options.settings), "mended": list(options.mend),
     }  # fmt: skip
-    facts = compiler.facts_of(model, targets, options.limits, how)
-    results = compiler.results_of(options.limits, analysis.full, network.costs)
+    facts = facts_of(model, targets, options.limits, how)
+    results = results_of(options.limits, analysis.full, network.costs)
     method = Method(options.scorer, run.schedule.name, options.round_to, options.seed)
     warnings = [
         f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"

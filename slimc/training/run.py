@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,9 @@ from .folder import RunFolder
 from .journal import Journal
 from .loop import Hooks, Loss, Metric, evaluate
 from .network import Alive, Network
+from .options import Options, Point
 from .phase import Phase, Trainer
-from .recipe import Recipe, default_rate
+from .recipe import default_rate
 from .schedule import Schedule
 from .selection import Selection
 from .stream import Stream, kept_random_state, random_state, seed_all
@@ -38,41 +39,6 @@ _MEASURED_EVERY = 0.5
 _SAMPLES_SEED = 1_000_003
 _SETTLED = 100
 """Steps after which a batch norm's running statistics have forgotten what was before a cut (0.9 to the 100th)."""
-
-
-@dataclass
-class Point:
-    """One phase as it ended: where the network is and how good it is.
-
-    epochs: trained so far, in all phases. flops: the share of the MACs that is left. accuracy: of the validation
-    data, None where it was not measured. loss: the mean training loss of its last epoch.
-    """
-
-    phase: str
-    epochs: float
-    flops: float
-    loss: float | None
-    accuracy: float | None
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user asks of a run.
-
-    limits: metric to the largest value allowed. mend: recovery steps after every cut; none as the method was
-    published. ignored: groups that stay whole.
-    """
-
-    limits: Mapping[str, float]
-    epochs: float
-    recipe: Recipe
-    scorer: str
-    round_to: int
-    may_relax: bool
-    mend: tuple[str, ...]
-    ignored: tuple[int, ...] = ()
-    seed: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -118,15 +84,21 @@ class Run:
         self._began = self._saved_at = time.monotonic()
         self._samples: Samples | None = None
         self._result: Any = None
-        self._over = False
+        self._phases: Iterator[Phase] | None = None
         self.wish = threading.Event()
 
     # -- for callers ----------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Phase]:
-        """The phases; each is trained when the next one is asked for, unless it was before."""
-        if self._over:
-            return
+        """The phases; each is trained when the next one is asked for, unless it was before.
+
+        There is one pass: a loop that was left is gone on with by the next one, or by `result`.
+        """
+        if self._phases is None:
+            self._phases = self._pass()
+        return self._phases
+
+    def _pass(self) -> Iterator[Phase]:
         with kept_random_state(), self._alone():
             seed_all(self.options.seed, _SAMPLES_SEED)
             checkpoint = workers.from_first(self._start)
@@ -144,7 +116,7 @@ class Run:
             self.merge()
             self._settle()
             self._check_reached()
-            self._over, self._result = True, self._finish(self)
+            self._result = self._finish(self)
 
     @property
     def result(self) -> Any:

@@ -1,0 +1,114 @@
+"""What a compression says of itself: facts for the plan, results, warnings and the report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__, eager, planner
+from .analysis import Analysis, Stages
+from .budget import Target
+from .exporters import machine
+from .graph.cost import Costs
+from .graph.resize import Cut
+from .plan import weights_sha256
+from .report import (
+    Change,
+    Environment,
+    FrozenOperator,
+    GroupRow,
+    Method,
+    Report,
+    TargetResult,
+    Verification,
+)
+from .verify import Proof
+
+
+def facts_of(
+    model: nn.Module, targets: Sequence[Target], limits: Mapping[str, float], method: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a plan says of where it came from."""
+    return {
+        "targets": {t.metric: {"text": t.text, "limit": limits[t.metric]} for t in targets},
+        "method": dict(method),
+        "versions": versions(),
+        "source_sha256": weights_sha256(model),
+    }
+
+
+def results_of(limits: Mapping[str, float], before: Costs, after: Costs) -> dict[str, TargetResult]:
+    """What each target asked and got."""
+    found = {}
+    for metric, limit in limits.items():
+        full, left = (getattr(costs, planner.METRIC[metric]) for costs in (before, after))
+        found[metric] = TargetResult(limit / full, left / full, full, left)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on."""
+    return {"slimc": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def warnings_of(analysis: Analysis, own: eager.Eager) -> list[str]:
+    """What a person should read first: a fixed batch, a result that is a graph, channels that were left alone."""
+    warnings = []
+    if analysis.captured.batch_note:
+        warnings.append(f"the batch size is fixed at {analysis.captured.batch}: {analysis.captured.batch_note}")
+    if own.reason:
+        warnings.append(f"the result is the graph as a module, not {type(analysis.model).__name__}: {own.reason}")
+    if analysis.frozen:
+        names = ", ".join(sorted({cause.op for cause in analysis.frozen}))
+        warnings.append(f"channels were left alone around {names}")
+    return warnings
+
+
+def report_of(
+    analysis: Analysis,
+    cut: Cut,
+    targets: Mapping[str, TargetResult],
+    method: Method,
+    proof: Proof,
+    stages: Stages,
+    costs: tuple[Costs, Costs],
+    warnings: list[str],
+    name: str | None,
+) -> Report:
+    """The report of a cut that is proven; later stages add to it."""
+    before, after = costs
+    groups = analysis.groups
+    kept = [int(cut.alive[g.variables].sum()) for g in groups]
+    here = machine.describe()
+    return Report(
+        model=name or type(analysis.model).__name__,
+        targets=targets,
+        macs=Change(round(before.macs), round(after.macs)),
+        params=Change(before.params, after.params),
+        size=Change(before.size, after.size),
+        memory=Change(round(before.memory), round(after.memory)),
+        method=method,
+        groups=tuple(
+            GroupRow(g.name, g.width, k, g.exact, tuple((m.tensor, m.axis) for m in g.members))
+            for g, k in zip(groups, kept, strict=True)
+        ),
+        frozen=tuple(FrozenOperator(c.op, c.node, c.module, c.reason) for c in analysis.frozen),
+        seconds=dict(stages.seconds),
+        environment=Environment(
+            slimc=__version__, python=platform.python_version(), torch=torch.__version__,
+            onnxruntime=here.versions.get("onnxruntime"), platform=here.platform, cpu=here.cpu,
+            threads=torch.get_num_threads(),
+            accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        ),
+        verification=Verification(
+            passed=True, max_relative_error=proof.max_relative_error, moved=proof.moved, dtype=proof.dtype,
+            inputs=proof.inputs, groups=sum(k < g.width for g, k in zip(groups, kept, strict=True)),
+            renormalising_groups=sum(k < g.width and not g.exact for g, k in zip(groups, kept, strict=True)),
+            redrawn=proof.redrawn,
+        ),
+        warnings=tuple(warnings),
+    )  # fmt: skip
