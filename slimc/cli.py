@@ -388,9 +388,17 @@ def main() -> NoReturn:
     sys.exit(_guarded(app))
 
 
+def _terminated(number: int, frame: Any) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(number, frame)
+    else:
+        raise KeyboardInterrupt
+
+
 def _guarded(command: Callable[[], Any]) -> int:
-    # A terminated run cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+    # A terminated run cleans up like an interrupted one, also where interrupts are ignored (behind nohup or &).
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         command()
     except SlimcError as error:

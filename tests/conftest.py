@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SLOW_STEPS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
+# Behind nohup or & interrupts are ignored, and programs that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("local", deadline=None, suppress_health_check=SLOW_STEPS)
 settings.register_profile("ci", deadline=None, suppress_health_check=SLOW_STEPS, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")

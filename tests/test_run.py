@@ -119,6 +119,12 @@ def test_training_leaves_the_callers_model_and_random_state_as_they_were() -> No
     )
     slim = run.result
     assert torch.equal(torch.rand(2), expected)
+    # Also between phases, and when a run is dropped halfway.
+    torch.manual_seed(3)
+    other = iter(begin("iterative", epochs=1))
+    next(other).train()
+    del other
+    assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert slim.report.verification.passed
     assert slim.report.training.points[-1].phase == "finetune"

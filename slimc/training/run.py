@@ -32,7 +32,7 @@ from .phase import Phase, Trainer
 from .recipe import default_rate
 from .schedule import Schedule
 from .selection import Selection
-from .stream import Stream, kept_random_state, random_state, seed_all
+from .stream import Stream, kept_random_state, random_state, seed_all, set_random_state
 
 _SAVED_EVERY = 60.0
 _MEASURED_EVERY = 0.5
@@ -85,6 +85,8 @@ class Run:
         self._samples: Samples | None = None
         self._result: Any = None
         self._phases: Iterator[Phase] | None = None
+        self._random: dict[str, Any] | None = None
+        self._inside = False
         self.wish = threading.Event()
 
     # -- for callers ----------------------------------------------------------------------------------
@@ -94,13 +96,33 @@ class Run:
 
         There is one pass: a loop that was left is gone on with by the next one, or by `result`.
         """
+        return self
+
+    def __next__(self) -> Phase:
         if self._phases is None:
             self._phases = self._pass()
-        return self._phases
+        with self._own_random_state():
+            return next(self._phases)
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """Random numbers of the run's own; the caller's state is as it was afterwards, also between phases."""
+        if self._inside:
+            yield
+            return
+        outer, self._inside = random_state(), True
+        if self._random is None:
+            seed_all(self.options.seed, _SAMPLES_SEED)
+        else:
+            set_random_state(self._random)
+        try:
+            yield
+        finally:
+            self._random, self._inside = random_state(), False
+            set_random_state(outer)
 
     def _pass(self) -> Iterator[Phase]:
-        with kept_random_state(), self._alone():
-            seed_all(self.options.seed, _SAMPLES_SEED)
+        with self._alone():
             checkpoint = workers.from_first(self._start)
             if checkpoint is not None:
                 self.history = [Point(**point) for point in checkpoint["history"]]
@@ -270,7 +292,7 @@ class Run:
         if self._middle is not None:
             trainer.load(self._middle)
             self._middle = None
-        with self.stages.stage("train"), self._listening():
+        with self.stages.stage("train"), self._listening(), self._own_random_state():
             loss = trainer.run()
         self._steps += trainer.steps
         return loss
