@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 import slimc
-from bench.fashion import Fashion, trained
+from bench.fashion import NETWORKS, Fashion, trained
 from bench.page import RESULTS, header, write
 from bench.training import RECIPE, Data
 from slimc.schedules import tick_tock
@@ -43,9 +43,9 @@ def masks_only(run: Run) -> Iterator[Phase]:
     run.cut(lambda: run.selection.choose(scores))
 
 
-def seconds(name: str, budget: float, epochs: float, data: Data) -> float:
+def seconds(network: str, name: str, budget: float, epochs: float, data: Data) -> float:
     """One run, without the building of its result."""
-    model = trained("resnet20", 0, Fashion())
+    model = trained(network, 0, Fashion())
     run = slimc.schedule(
         name, model, data.example, flops=budget, epochs=epochs, data=data.train, recipe=RECIPE, round_to=1,
         recover="none",
@@ -61,6 +61,7 @@ def seconds(name: str, budget: float, epochs: float, data: Data) -> float:
 def main() -> None:
     """Measure in turn and write the page."""
     parser = argparse.ArgumentParser(description="tick-tock with physical cuts beside the same phases without")
+    parser.add_argument("--network", default="resnet20", choices=NETWORKS)
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -69,17 +70,19 @@ def main() -> None:
     data = Data()
     ratios, lines = [], ["| repeat | masks only | physical cuts | ratio |", "| ---: | ---: | ---: | ---: |"]
     for repeat in range(1, options.repeats + 1):
-        masked = seconds("masks-only", 0.999, options.epochs, data)
-        cut = seconds("tick-tock", options.budget, options.epochs, data)
+        masked = seconds(options.network, "masks-only", 0.999, options.epochs, data)
+        cut = seconds(options.network, "tick-tock", options.budget, options.epochs, data)
         ratios.append(masked / cut)
         lines.append(f"| {repeat} | {masked:.1f} s | {cut:.1f} s | {masked / cut:.2f} |")
         print(lines[-1], flush=True)
     note = (
-        f"ResNet-20 on Fashion-MNIST, tick-tock to {100 * options.budget:g}% of FLOPs in {options.epochs:g} epochs, "
-        f"one thread: the run with physical cuts is {min(ratios):.2f} to {max(ratios):.2f} times as fast as the same "
-        "phases on the uncut network, cuts included."
+        f"{options.network} on Fashion-MNIST, tick-tock to {100 * options.budget:g}% of the FLOPs in "
+        f"{options.epochs:g} epochs, one thread: the run with physical cuts is {min(ratios):.2f} to {max(ratios):.2f} "
+        "times as fast as the same phases on the uncut network, cuts included."
     )
-    write(RESULTS / "rewriting.md", "Physical cuts between ticks", [header(), note, "\n".join(lines)])
+    write(
+        RESULTS / f"rewriting_{options.network}.md", "Physical cuts between ticks", [header(), note, "\n".join(lines)]
+    )
 
 
 if __name__ == "__main__":
