@@ -35,7 +35,7 @@ _FEW = 128
 """Fewer samples than this leave layers with more inputs than they show: others are made up beside them."""
 _INPUTS = 3
 _INPUTS_OF_LARGE = 2
-_LARGE_MACS = 1e10
+_LARGE_MACS = 5e9
 """Float64 runs at tens of billions of operations a second on a small machine; the proof should take seconds."""
 
 
