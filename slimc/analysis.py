@@ -112,7 +112,7 @@ class Analysis:
         """How long one sample takes, in multiply-accumulates: those of the model, and what its values are worth.
 
         Writing one number takes a processor as long as about 260 of them: fitted to forward and backward passes of
-        eleven torchvision networks, of which the lightest in arithmetic are the slowest for it; right within a half.
+        eleven torchvision networks (bench/work.py), of which the lightest in arithmetic are the slowest for it.
         """
         values = (n.meta.get("val") for n in self.captured.module.graph.nodes if n.op == "call_function")
         written: int = sum(

@@ -4,17 +4,47 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import Console
-from .errors import SlimcError, UsageError
+from .errors import UsageError
+from .options import (
+    Allow,
+    Arch,
+    BatchSize,
+    Data,
+    Distil,
+    Epochs,
+    Flops,
+    Ignore,
+    Input,
+    Json,
+    Memory,
+    ModelArg,
+    NoLatency,
+    Norm,
+    Normalise,
+    Out,
+    Overwrite,
+    Params,
+    Quiet,
+    Rate,
+    Recover,
+    Resume,
+    RoundTo,
+    SamplesOption,
+    Schedule,
+    Scorer,
+    Seed,
+    Select,
+    Setting,
+    Size,
+    Threads,
+    UnsafePickle,
+)
 
 if TYPE_CHECKING:
     from .graph.capture import Example
@@ -28,40 +58,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="model.pt, .safetensors, .pt2, .onnx, torchvision:NAME, timm:NAME, hf:PATH or package.module:factory")]  # fmt: skip  # noqa: E501
-Arch = Annotated[str | None, typer.Option(help="architecture of a file that holds weights only: torchvision:resnet50")]
-Allow = Annotated[list[str] | None, typer.Option(metavar="PKG", help="package whose classes a .pt file may use")]
-UnsafePickle = Annotated[bool, typer.Option("--unsafe-pickle", help="unpickle MODEL without protection: the file can run any code")]  # fmt: skip  # noqa: E501
-Input = Annotated[list[str] | None, typer.Option(metavar="SHAPE|FILE", help="example input: 1x3x224x224, 1x128:int64 (repeat for several) or an .npz file")]  # fmt: skip  # noqa: E501
-Threads = Annotated[int | None, typer.Option(min=1, help="threads for computing and for the latency measurement")]
-Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no summary; errors only")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in --out")]
-NoLatency = Annotated[bool, typer.Option("--no-latency", help="do not measure latency")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder (default: MODEL-slim)")]
-Recover = Annotated[str, typer.Option(help="auto (all that the samples allow, kept where it helps), none (the plain cut), or a list; see `slimc methods`")]  # fmt: skip  # noqa: E501
-Data = Annotated[str | None, typer.Option(help="samples to score and recover on: fashion-mnist:DIR, imagefolder:DIR, npz:FILE or package.module:function; made up if not given")]  # fmt: skip  # noqa: E501
-SamplesOption = Annotated[int | None, typer.Option("--samples", min=2, help="how many samples to use at most (default: up to 512, fewer for large models)")]  # fmt: skip  # noqa: E501
-Schedule = Annotated[str, typer.Option(help="how it is cut and trained; see `slimc methods`")]
-Epochs = Annotated[float | None, typer.Option(min=0.0, help="train with labels: passes over --data in all, fine-tuning included")]  # fmt: skip  # noqa: E501
-BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a training batch (default 128)")]
-Rate = Annotated[float | None, typer.Option(help="peak learning rate (default: 0.05, 0.0005 for transformers)")]
-Distil = Annotated[float, typer.Option(help="share of the training loss that draws to the original's outputs, 0 to 1")]
-Setting = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the schedule")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted training run (OUT-run)")]
-Seed = Annotated[int, typer.Option(help="seed of everything random")]
-
 
 @app.command()
 def compress(
     model: ModelArg,
-    flops: Annotated[
-        str | None, typer.Option(help="what may stay: 0.4, 40%, 1.6G (MACs of one sample), or the cut: -60%")
-    ] = None,
-    params: Annotated[str | None, typer.Option(help="parameters that may stay: 0.4, 40%, 12M")] = None,
-    size: Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")] = None,
-    memory: Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")] = None,
-    scorer: Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")] = "auto",
+    flops: Flops = None,
+    params: Params = None,
+    size: Size = None,
+    memory: Memory = None,
+    scorer: Scorer = "auto",
     schedule: Schedule = "one-shot",
     epochs: Epochs = None,
     rate: Rate = None,
@@ -69,25 +74,14 @@ def compress(
     distil: Distil = 0.0,
     settings: Setting = None,
     resume: Resume = False,
-    norm: Annotated[str, typer.Option(help="l1 or l2, for magnitude; l1 chooses it")] = "l2",
-    normalise: Annotated[
-        str,
-        typer.Option(
-            help="how groups are made comparable: mean, max, l2, cost, isomorphic, none; auto: what suits the scorer"
-        ),
-    ] = "auto",
-    select: Annotated[
-        str, typer.Option(help="greedy: by one ranking; exact: the most score within the targets (slower)")
-    ] = "greedy",
+    norm: Norm = "l2",
+    normalise: Normalise = "auto",
+    select: Select = "greedy",
     recover: Recover = "auto",
     data: Data = None,
     samples: SamplesOption = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="modules or parameters to leave whole")
-    ] = None,
-    round_to: Annotated[
-        str, typer.Option(help="widths become multiples of N; auto: what this machine likes; 1: any")
-    ] = "auto",
+    ignore: Ignore = None,
+    round_to: RoundTo = "auto",
     out: Out = None,
     overwrite: Overwrite = False,
     input: Input = None,
@@ -103,59 +97,40 @@ def compress(
     """Compress MODEL until every target holds, prove the result, export and measure it."""
     # Of several processes that train together the first one speaks.
     with Console(quiet or os.environ.get("RANK", "0") != "0", as_json, stages=12) as console:
-        from . import budget, compiler, scores
+        from . import compiler, scores
         from .data import open_data
 
-        targets: dict[str, Any] = {"flops": flops, "params": params, "size": size, "memory": memory}
-        for metric, text in targets.items():
-            if text is not None:
-                budget.parse(metric, text)  # before anything slow
-        if not any(targets.values()):
-            raise UsageError("no target: give at least one of --flops, --params, --size, --memory, such as --flops 0.4")
+        targets = _targets(flops=flops, params=params, size=size, memory=memory)
         if scorer != "auto":
             scores.check(scores.find(scorer), normalise, data is not None)
         compiler.alignment_of(round_to)
         compiler.recover_steps(recover)
         training = _training_options(schedule, epochs, rate, batch_size, distil, settings, resume, data)
+        one_cut: dict[str, Any] = {"norm": norm, "normalise": normalise, "select": select, "samples": samples}
+        if training is not None and one_cut != {"norm": "l2", "normalise": "auto", "select": "greedy", "samples": None}:
+            raise UsageError(
+                "--norm, --normalise, --select and --samples are for one cut without training; leave them out"
+            )
         # A run can be stopped between writing its result and being cleared: going on writes the same result again.
         overwrite = overwrite or (resume and training is not None)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
-        if training is not None and (norm != "l2" or normalise != "auto" or select != "greedy" or samples is not None):
-            raise UsageError(
-                "--norm, --normalise, --select and --samples are for one cut without training; leave them out"
-            )
-        if training is not None and data is not None:
-            from .training.command import resumable
-
-            kept = Path(f"{folder}-run")
-            with resumable(kept):
-                slim = training.run(
-                    loaded.model, example, data=data, folder=kept, **targets, scorer=scorer, recover=recover,
-                    ignore=ignore or (), round_to=round_to, seed=seed, model_name=model, progress=console.progress,
-                )  # fmt: skip
-                if slim is not None:
-                    _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
+        options: dict[str, Any] = {
+            **targets, "scorer": scorer, "recover": recover, "ignore": ignore or (), "round_to": round_to, "seed": seed,
+            "progress": console.progress,
+        }  # fmt: skip
+        if training is None or data is None:
+            batches = open_data(data, example) if data else None
+            slim = compiler.compress(loaded.model, example, **options, **one_cut, data=batches, name=model)
+            _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
             return
-        batches = open_data(data, example) if data else None
-        slim = compiler.compress(
-            loaded.model,
-            example,
-            **targets,
-            scorer=scorer,
-            norm=norm,
-            normalise=normalise,
-            select=select,
-            recover=recover,
-            data=batches,
-            samples=samples,
-            ignore=ignore or (),
-            round_to=round_to,
-            seed=seed,
-            name=model,
-            progress=console.progress,
-        )
-        _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
+        from .training.command import resumable
+
+        kept = Path(f"{folder}-run")
+        with resumable(kept):
+            trained = training.run(loaded.model, example, data=data, folder=kept, model_name=model, **options)
+            if trained is not None:
+                _finish(console, trained, folder, overwrite, no_latency, threads, loaded)
 
 
 @app.command()
@@ -331,6 +306,18 @@ def _open(
     return loaded, example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch)
 
 
+def _targets(**given: str | None) -> dict[str, str | None]:
+    """What the targets say, checked before anything slow."""
+    from . import budget
+
+    for metric, text in given.items():
+        if text is not None:
+            budget.parse(metric, text)
+    if not any(given.values()):
+        raise UsageError("no target: give at least one of --flops, --params, --size, --memory, such as --flops 0.4")
+    return given
+
+
 def _training_options(
     schedule: str,
     epochs: float | None,
@@ -373,53 +360,3 @@ def _finish(
         print(json.dumps(slim.report.to_dict(), indent=2))
     else:
         console.report(slim.report, folder)
-
-
-def main() -> NoReturn:
-    """Run the command line; errors become one message and an exit code."""
-    # Threads that wait must sleep: with other programs on the cores, OpenMP's spinning was measured to make a proof
-    # of mobilenet_v2 take 116 s instead of 1.4 s. Read by OpenMP when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # `torch.load` of a dependency must not unpickle either, unless the user says so.
-    if "--unsafe-pickle" not in sys.argv:
-        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    if not os.environ.get("SLIMC_DEBUG"):
-        warnings.simplefilter("ignore")  # torch's remarks about itself; what users should know is in the report
-    sys.exit(_guarded(app))
-
-
-def _terminated(number: int, frame: Any) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    if callable(handler):
-        handler(number, frame)
-    else:
-        raise KeyboardInterrupt
-
-
-def _guarded(command: Callable[[], Any]) -> int:
-    # A terminated run cleans up like an interrupted one, also where interrupts are ignored (behind nohup or &).
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        command()
-    except SlimcError as error:
-        print(f"slimc: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, SystemExit) as end:
-        # Typer makes an exit with this code of an interrupt.
-        code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
-        if code == 130:
-            print("slimc: interrupted; nothing was written. Run the same command again to start over.", file=sys.stderr)
-        return code
-    except MemoryError:
-        print("slimc: out of memory. Give a smaller example with --input, or run on a larger machine.", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if os.environ.get("SLIMC_DEBUG"):
-            raise
-        print(
-            f"slimc: internal error: {type(error).__name__}: {error}\n"
-            "This is a fault of slimc. SLIMC_DEBUG=1 shows where; please report it with the model.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0

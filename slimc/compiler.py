@@ -15,13 +15,14 @@ from . import budget, eager, planner, scores
 from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
+from .choose import Chosen, How, check_select, choose
 from .describe import facts_of, report_of, results_of, versions, warnings_of
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
 from .graph.cost import Costs
 from .graph.resize import Cut
 from .plan import Plan, make, weights_sha256
-from .report import Method, Selection, TargetResult
+from .report import Method, TargetResult
 from .result import Compressed, evaluating
 from .rewrite import rewrite, shapes_agree
 from .samples import Samples, affordable, collect, made_up
@@ -76,7 +77,7 @@ def compress(
     and targets, gives a mean over samples; cross entropy if not given. schedule, epochs, val: train while cutting, on
     `data` with labels; see `slimc.schedule`, which also takes the methods' settings. normalise: how groups are made
     comparable ("mean", "max", "l2", "cost", "isomorphic", "none"; "auto" is what suits the scorer). select:
-    "greedy", by one ranking, or "exact", which keeps the most score within the budgets.
+    "greedy", by one ranking, or "exact", whose widths integer programming improves until it finds no better ones.
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     if schedule != "one-shot" or epochs is not None:
@@ -94,8 +95,7 @@ def compress(
         return trained
     targets = targets_of(flops=flops, params=params, size=size, memory=memory)
     alignment, wanted = alignment_of(round_to), recover_steps(recover)
-    if select not in ("greedy", "exact"):
-        raise UsageError(f"--select {select}: known are greedy and exact")
+    check_select(select)
     if scorer == "auto" and norm != "l2":
         scorer = "magnitude"  # the only one that takes a norm
     if scorer != "auto":
@@ -114,41 +114,17 @@ def compress(
     # What judges recovery is not scored on.
     fit = calibration.split(recovery.JUDGED)[0] if calibration and steps else calibration
     fit = fit.with_more(extra) if fit and extra else fit
-    with stages.stage("score"):
-        subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
-        found = method.score(subject)
-        footing = method.normalisation if normalise == "auto" else normalise
-        ranked = valued = scores.normalise(found, footing)
-        if footing == "cost":
-            ranked = planner.per_cost(ranked, analysis, limits)
-        elif footing == "isomorphic":
-            ranked = planner.isomorphic(ranked, analysis)
-        whole_groups = scores.unscored(found)
-    with stages.stage("plan"):
-        choice = planner.plan(
-            analysis.grouping, analysis.cost, ranked, limits,
-            round_to=alignment, may_relax=round_to == "auto", ignored=[*analysis.matching(ignore), *whole_groups],
-        )  # fmt: skip
-        selection = None
-        if select == "exact":
-            choice, selection = _exactly(analysis, valued, limits, choice, [*analysis.matching(ignore), *whole_groups])
-        cut = _cut(analysis, choice)
+    subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
+    options = How(normalise, select, alignment, round_to == "auto", tuple(analysis.matching(ignore)))
+    chosen = choose(analysis, method, subject, limits, options, stages)
+    choice = chosen.choice
     how = {"scorer": method.name, "norm": norm, "schedule": "one-shot", "round_to": choice.round_to, "seed": seed}
     facts = facts_of(model, targets, limits, how)
     results = results_of(limits, analysis.full, choice.costs)
-    chosen = Method(method.name, "one-shot", choice.round_to, seed)
-    warnings = [f"widths are multiples of {choice.round_to} only: the budget leaves no room for {alignment}"]
-    warnings = warnings if choice.round_to < alignment else []
-    if whole_groups:
-        names = ", ".join(analysis.groups[number].name for number in whole_groups)
-        warnings.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
-    if wanted and not calibration:
-        warnings.append(
-            "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs "
-            "(for large pictures --samples N does so, however long it takes)"
-        )
-    slim = build(analysis, cut, facts, results, chosen, stages, warnings, name)
-    slim.report = replace(slim.report, selection=selection)
+    described = Method(method.name, "one-shot", choice.round_to, seed)
+    warnings = _remarks(analysis, method, chosen, alignment, bool(wanted) and not calibration)
+    slim = build(analysis, chosen.cut, facts, results, described, stages, warnings, name)
+    slim.report = replace(slim.report, selection=chosen.selection)
     if steps and calibration:
         slim.fit(steps, calibration, extra)
     return slim
@@ -332,22 +308,6 @@ def gather(
         return synthetic(captured, limit, analysis.work, seed)
 
 
-def _exactly(
-    analysis: Analysis,
-    valued: Sequence[scores.Scores],
-    limits: Mapping[str, float],
-    greedy: planner.Choice,
-    ignored: Sequence[int],
-) -> tuple[planner.Choice, Selection]:
-    """Widths by exact selection, from the greedy ones on, and how much score each keeps."""
-    from . import exact
-
-    search = planner.Search(analysis.grouping, analysis.cost, valued, limits, greedy.round_to, frozenset(ignored), None)
-    widths = exact.improve(search, greedy.widths)
-    before, after = (exact.share_kept(search, own) for own in (greedy.widths, widths))
-    return search.result(widths), Selection("exact", before, after)
-
-
 def _invented(analysis: Analysis, seed: int, stages: Stages) -> Samples | None:
     """Pictures or tokens made up, beside samples that are too few to fit every layer on."""
     count = made_up(analysis.work)
@@ -357,12 +317,21 @@ def _invented(analysis: Analysis, seed: int, stages: Stages) -> Samples | None:
         return synthetic(analysis.captured, count, analysis.work, seed)
 
 
-def _cut(analysis: Analysis, choice: planner.Choice) -> Cut:
-    alive = np.ones(analysis.types.solution.variables, np.bool_)
-    for group, kept in zip(analysis.groups, choice.kept, strict=True):
-        alive[group.variables] = False
-        alive[group.variables[kept]] = True
-    return Cut(analysis.types, alive)
+def _remarks(analysis: Analysis, method: scores.Method, chosen: Chosen, alignment: int, unfitted: bool) -> list[str]:
+    """What users should know of how channels were chosen."""
+    found = []
+    if chosen.choice.round_to < alignment:
+        aligned = f"widths are multiples of {chosen.choice.round_to} only"
+        found.append(f"{aligned}: the budget leaves no room for {alignment}")
+    if chosen.unscored:
+        names = ", ".join(analysis.groups[number].name for number in chosen.unscored)
+        found.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
+    if unfitted:
+        found.append(
+            "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs "
+            "(for large pictures --samples N does so, however long it takes)"
+        )
+    return found
 
 
 def _costs(analysis: Analysis, cut: Cut) -> Costs:

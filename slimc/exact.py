@@ -1,9 +1,10 @@
-"""Exact selection: the widths that keep the most score within the budgets, beside the greedy ranking.
+"""Exact selection: integer programming for the widths that keep the most score, from the greedy choice on.
 
 Costs are products of widths (a convolution costs its inputs times its outputs), which no integer program states at
 once. Around a choice, each group's cost is a function of its own width alone; choosing one width for each group is then
 a multiple-choice knapsack (Shen et al., HALP, NeurIPS 2022, equation 5), solved exactly by HiGHS. The choice moves to
-the solution where the budgets really hold there, else the groups may move less, until nothing is won.
+the solution where the budgets really hold there, else the groups may move less, until nothing is won. Each step is
+optimal; where they end is a choice that no such step improves, not proven to be the best of all.
 """
 
 from __future__ import annotations

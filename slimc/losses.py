@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from .errors import UsageError
-from .graph.infer import hint
+from .graph.infer import Types, hint
 from .scores import Loss, Subject
 
 _GIVE = "give loss=, any function of (outputs, targets) that returns a scalar"
@@ -29,10 +29,13 @@ def loss_of(subject: Subject) -> Loss:
                 "let every batch be (inputs, targets)"
             )
         if subject.loss is None:
-            _check(batch.targets, batch.count, _output_shape(subject), f"batch {number} of {subject.samples.source}")
-    if subject.loss is None:
-        return cross_entropy
-    own = subject.loss
+            shape = output_shape(subject.types)
+            check_labels(batch.targets, batch.count, shape, f"batch {number} of {subject.samples.source}")
+    return cross_entropy if subject.loss is None else scalar(subject.loss)
+
+
+def scalar(own: Loss) -> Loss:
+    """The user's loss, whose values are checked: UsageError unless it gives one floating-point number."""
 
     def loss(outputs: Any, targets: Any) -> Tensor:
         value = own(outputs, targets)
@@ -55,9 +58,9 @@ def first_output(outputs: Any) -> Tensor:
     return next(leaves)
 
 
-def _output_shape(subject: Subject) -> tuple[int, ...]:
+def output_shape(types: Types) -> tuple[int, ...]:
     """Sizes of the first floating-point output, in the example."""
-    output = next(node for node in subject.types.captured.module.graph.nodes if node.op == "output")
+    output = next(node for node in types.captured.module.graph.nodes if node.op == "output")
     values = (node.meta.get("val") for node in output.all_input_nodes)
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -65,7 +68,10 @@ def _output_shape(subject: Subject) -> tuple[int, ...]:
     raise UsageError(f"the model has no floating-point output to compare labels with; {_GIVE}")
 
 
-def _check(targets: Any, count: int, output: tuple[int, ...], where: str) -> None:
+def check_labels(targets: Any, count: int, output: tuple[int, ...], where: str) -> None:
+    """Raise UsageError where targets are no class numbers for `count` samples of an output of these sizes."""
+    if targets is None:
+        raise UsageError(f"{where} has no labels: let every batch be (inputs, targets), or {_GIVE}")
     if not isinstance(targets, Tensor):
         raise UsageError(f"the labels of {where} are a {type(targets).__name__}, not a tensor; {_GIVE}")
     if targets.is_floating_point() or targets.is_complex():

@@ -7,9 +7,7 @@ nearer to the original's on these is undone.
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,10 +16,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from .errors import InternalError, UsageError
 from .graph.capture import Example
 from .graph.infer import Types
 from .graph.resize import Cut
+from .registry import Registry
 from .samples import Samples
 
 JUDGED = 0.2
@@ -62,35 +60,18 @@ class Step:
     run: Run
 
 
-_STEPS: dict[str, Step] = {}
+REGISTRY = Registry[Step]("recovery step", "slimc.recovery", ("auto", "none"))
+steps, find = REGISTRY.all, REGISTRY.find
 
 
 def step(name: str, summary: str, source: str) -> Callable[[Run], Run]:
     """Register a recovery step under the name that users type."""
 
     def register(function: Run) -> Run:
-        if name in _STEPS:
-            raise InternalError(f"two recovery steps are called {name!r}")
-        _STEPS[name] = Step(name, summary, source, function)
+        REGISTRY.add(Step(name, summary, source, function))
         return function
 
     return register
-
-
-def steps() -> dict[str, Step]:
-    """All steps by name; the folder listing is the registry."""
-    package = importlib.import_module("slimc.recovery")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"slimc.recovery.{module.name}")
-    return dict(sorted(_STEPS.items()))
-
-
-def find(name: str) -> Step:
-    """The step of that name."""
-    known = steps()
-    if name not in known:
-        raise UsageError(f"--recover {name}: known steps are {', '.join(known)}, auto and none")
-    return known[name]
 
 
 @dataclass(frozen=True)

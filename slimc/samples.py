@@ -136,8 +136,8 @@ def collect(
     device = next((tensor.device for tensor in like.tensors()), None)
     for number, item in enumerate(data, 1):
         whole = batch_of(item, like)
-        _check_alike(whole.example.tensors(), like.tensors())
-        _check_finite(whole, number)
+        check_alike(whole.example.tensors(), like.tensors())
+        check_finite(whole, f"batch {number} of --data")
         for part in _parts(whole, batch, left):
             found.append(to_device(part, device))
             left -= part.count
@@ -210,15 +210,16 @@ def _wanted(inputs: int) -> str:
     return "a tensor or (inputs, targets)" if inputs == 1 else f"a tuple of {inputs} inputs, targets after them or not"
 
 
-def _check_alike(given: list[Tensor], like: list[Tensor]) -> None:
+def check_alike(given: list[Tensor], like: list[Tensor]) -> None:
     """A captured graph takes any batch size at best; types and other sizes are those of the example."""
     seen, wanted = ([f"{str(t.dtype)[6:]} [N, {str(list(t.shape[1:]))[1:]}" for t in ts] for ts in (given, like))
     if seen != wanted:
         raise UsageError(f"a batch of --data holds {'; '.join(seen)}; the example input is {'; '.join(wanted)}")
 
 
-def _check_finite(batch: Batch, number: int) -> None:
+def check_finite(batch: Batch, where: str) -> None:
+    """Raise UsageError where an input holds NaN or infinity."""
     for tensor in batch.example.tensors():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite().reshape(len(tensor), -1).all(1)).nonzero()[0])
-            raise UsageError(f"batch {number} of --data holds NaN or infinity in its sample {bad}")
+            raise UsageError(f"{where} holds NaN or infinity in its sample {bad}")

@@ -6,8 +6,6 @@ The scores of a group's members are summed; `normalise` then makes groups compar
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .errors import InternalError, UsageError
+from .errors import UsageError
 from .graph.groups import Grouping
 from .graph.infer import Types
 from .graph.terms import Terms
+from .registry import Registry
 from .samples import Samples
 
 Need = Literal["weights", "inputs", "labels"]
@@ -102,7 +101,8 @@ class Method:
     normalisation: str
 
 
-_METHODS: dict[str, Method] = {}
+_REGISTRY = Registry[Method]("scorer", "slimc.scorers")
+methods, find = _REGISTRY.all, _REGISTRY.find
 
 
 def scorer(
@@ -111,28 +111,10 @@ def scorer(
     """Register a scorer under the name that users type."""
 
     def register(function: Scorer) -> Scorer:
-        if name in _METHODS:
-            raise InternalError(f"two scorers are called {name!r}")
-        _METHODS[name] = Method(name, summary, source, function, needs, normalisation)
+        _REGISTRY.add(Method(name, summary, source, function, needs, normalisation))
         return function
 
     return register
-
-
-def methods() -> dict[str, Method]:
-    """All scorers by name; the folder listing is the registry."""
-    package = importlib.import_module("slimc.scorers")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"slimc.scorers.{module.name}")
-    return dict(sorted(_METHODS.items()))
-
-
-def find(name: str) -> Method:
-    """The scorer of that name."""
-    known = methods()
-    if name not in known:
-        raise UsageError(f"there is no scorer {name!r}; known: {', '.join(known)}")
-    return known[name]
 
 
 def check(method: Method, how: str, has_data: bool) -> None:

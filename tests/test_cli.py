@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from slimc import cli, compiler
+from slimc.__main__ import guarded
 from slimc.errors import VerificationError
 
 FACTORIES = """
@@ -86,7 +87,7 @@ def everything(folder: Path) -> set[str]:
 
 
 def slimc(*arguments: str) -> int:
-    return cli._guarded(lambda: cli.app(list(arguments)))
+    return guarded(lambda: cli.app(list(arguments)))
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +203,8 @@ def test_inspect_answers_as_a_table_as_json_and_as_a_graph(here: Path, capsys: p
 @pytest.mark.parametrize("command", [[], ["compress"], ["inspect"], ["apply"], ["latency"], ["demo"], ["methods"]])
 def test_every_command_explains_itself_without_torch(command: list[str]) -> None:
     code = (
-        "import sys\nfrom slimc import cli\n"
-        f"code = cli._guarded(lambda: cli.app({[*command, '--help']}))\n"
+        "import sys\nfrom slimc import cli\nfrom slimc.__main__ import guarded\n"
+        f"code = guarded(lambda: cli.app({[*command, '--help']}))\n"
         "sys.exit(code or 7 * ('torch' in sys.modules))"
     )
     started = time.perf_counter()
@@ -238,7 +239,7 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
         ["compress", "model.pt", "--flops=0.5", *INPUT, "--out", "mine", "--overwrite"], 2, "mine",
     ),
     "unknown scorer": (["compress", "model.pt", "--flops=0.5", *INPUT, "--scorer=magic"], 2, "no scorer 'magic'"),
-    "unknown recovery": (["compress", "model.pt", "--flops=0.5", *INPUT, "--recover=magic"], 2, "--recover magic"),
+    "unknown recovery": (["compress", "model.pt", "--flops=0.5", *INPUT, "--recover=magic"], 2, "no recovery step 'magic'"),
     "recovery without data": (["compress", "model.pt", "--flops=0.5", *INPUT, "--recover=bn"], 2, "needs --data"),
     "unknown data": (["compress", "model.pt", "--flops=0.5", *INPUT, "--data=pictures"], 2, "--data pictures"),
     "missing data": (["compress", "model.pt", "--flops=0.5", *INPUT, "--data=npz:none.npz"], 2, "none.npz"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import library as operators
 
 import slimc
 from slimc import scores
@@ -23,10 +24,10 @@ def adapter(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 @pytest.fixture
 def adapter_operator() -> Iterator[None]:
-    library: Any = getattr(torch.library, "Library")("mylib", "DEF")  # noqa: B009 - torch leaves it untyped
+    library: Any = getattr(operators, "Library")("mylib", "DEF")  # noqa: B009 - torch leaves it untyped
     library.define("adapter(Tensor x, Tensor down, Tensor up) -> Tensor")
     library.impl("adapter", adapter, "CompositeExplicitAutograd")
-    torch.library.register_fake("mylib::adapter", adapter, lib=library)
+    operators.register_fake("mylib::adapter", adapter, lib=library)
     yield
     library._destroy()
 

@@ -249,7 +249,7 @@ def test_a_step_that_moves_the_outputs_away_is_undone_and_reported(monkeypatch: 
         return "spoilt"
 
     recover.steps()
-    monkeypatch.setitem(recover._STEPS, "spoil", recover.Step("spoil", "", "", spoil))
+    monkeypatch.setitem(recover.REGISTRY.entries, "spoil", recover.Step("spoil", "", "", spoil))
     data = list(torch.split(noise(32, 3, 8, 8, seed=1), 16))
     options: dict[str, Any] = {"flops": 0.5, "round_to": 1, "data": data, "scorer": "magnitude"}
     plain = slimc.compress(seeded(Block), data[0], recover="none", **options)
@@ -360,16 +360,21 @@ class Literal(nn.Module):
 @pytest.mark.parametrize("name", ["reconstruct", "bias", "scale", "bn"])
 def test_a_graph_with_modules_in_it_is_fitted_like_any_other(name: str) -> None:
     model, data = seeded(Literal), noise(96, 3, 4, 4, seed=1)
+    model.norm.momentum = None  # type: ignore[union-attr]
+    model.train()(data)  # a norm that knows the data
+    model.eval()
     slim = slimc.compress(model, data[:2], params=0.6, round_to=1, scorer="random", recover="none")
     assert slim.module is slim.graph
     assert any(node.op == "call_module" for node in slim.graph.graph.nodes)
     with torch.no_grad():
+        if name == "bn":  # statistics that have gone astray
+            next(b for n, b in slim.graph.named_buffers() if n.endswith("running_mean")).add_(1)
         before = float((slim.module.eval()(data) - model(data)).square().mean())
     slim.recover(name, list(torch.split(data, 32)))
     with torch.no_grad():
         after = float((slim.module(data) - model(data)).square().mean())
     assert slim.report.recovery
-    assert after < before or name == "bn"
+    assert after < before
 
 
 def test_few_samples_are_joined_by_made_up_ones_that_nothing_is_judged_by() -> None:

@@ -1,65 +1,28 @@
-"""Runs that are interrupted, killed and gone on with; the user's own loop; the folder of a run."""
+"""Runs that crash and go on; the user's own loop; what is refused."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from running import METHODS, begin, dataset, loaders, network, weights
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 import slimc
-from slimc.demo import ResidualBlock
-from slimc.errors import Interrupted, OutputError, UnreachableTarget, UsageError
-from slimc.training.folder import RunFolder
+from slimc.errors import UnreachableTarget, UsageError
+from slimc.training.loop import fit
+from slimc.training.recipe import Recipe
 from slimc.training.run import Run
-from slimc.training.schedule import schedules
-from slimc.training.stream import kept_random_state, seed_all
 
-METHODS = sorted(schedules())
-
-
-def network(seed: int = 0) -> nn.Module:
-    with kept_random_state():
-        seed_all(seed, 0)
-        layers = [nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-        blocks = [ResidualBlock(8, 8), nn.Dropout(0.1), ResidualBlock(8, 12, 2)]
-        return nn.Sequential(*layers, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3))
-
-
-def dataset(count: int = 96) -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, 3, (count,), generator=generator)
-    images = torch.randn(count, 1, 8, 8, generator=generator) + labels[:, None, None, None].float()
-    return TensorDataset(images, labels)
-
-
-def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
-    return DataLoader(dataset(), batch_size=16, shuffle=True), DataLoader(dataset(48), batch_size=48)
-
-
-def begin(name: str = "tick-tock", **options: Any) -> Run:
-    train, val = loaders()
-    given: dict[str, Any] = {
-        "flops": 0.5, "epochs": 4, "data": train, "val": val, "round_to": 1, "recover": "none",
-    } | options  # fmt: skip
-    return slimc.schedule(name, network(), torch.zeros(2, 1, 8, 8), **given)
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = run.result.module.state_dict()
-    return found
+LABELS = torch.zeros(4, dtype=torch.long)
+IMAGES = torch.zeros(4, 1, 8, 8)
 
 
 class Stop(Exception):
@@ -235,13 +198,21 @@ def test_training_stops_early_where_the_recipe_says_so(tmp_path: Path) -> None:
     [
         ({"epochs": 0}, UsageError, "epochs is 0"),
         ({"flops": 0.0001}, UnreachableTarget, "smallest"),
-        ({"name": "ticktock"}, UsageError, "known are.*tick-tock"),
+        ({"name": "ticktock"}, UsageError, "known: .*tick-tock"),
         ({"settings": {"tiks": 3}}, UsageError, "--set tiks.*ticks"),
         ({"settings": {"ticks": "many"}}, UsageError, "--set ticks=many"),
         ({"recover": "distill"}, UsageError, "Recipe"),
         ({"data": iter([])}, UsageError, "only once"),
         ({"data": [torch.zeros(4, 1, 8, 8)]}, UsageError, "no labels"),
-        ({"data": [(torch.zeros(4, 2, 8, 8), torch.zeros(4).long())], "name": "one-shot"}, Exception, "channels"),
+        ({"data": [(torch.zeros(4, 2, 8, 8), LABELS)]}, UsageError, r"\[N, 2, 8, 8\]; the example"),
+        ({"data": [(torch.full((4, 1, 8, 8), torch.nan), LABELS)]}, UsageError, "training data holds NaN"),
+        ({"data": [(IMAGES, LABELS + 3)]}, UsageError, "batch 1 of the training data holds the label 3; .* 3 classes"),
+        ({"data": [(IMAGES, LABELS[:3])]}, UsageError, r"training data have shape \[3\]"),
+        ({"data": [(IMAGES, LABELS.float())]}, UsageError, "float32, not class numbers"),
+        ({"val": [(IMAGES, LABELS - 1)]}, UsageError, "validation data holds the label -1"),
+        ({"val": []}, UsageError, "validation data is empty"),
+        ({"test": [(IMAGES, LABELS + 3)]}, UsageError, "test data holds the label 3"),
+        ({"loss": lambda outputs, targets: outputs}, UsageError, r"loss= returned \[16, 3\]; wanted"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(options: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -250,190 +221,56 @@ def test_what_cannot_be_done_is_refused_by_name(options: dict[str, Any], kind: t
         _ = begin(given.pop("name", "tick-tock"), **given).result
 
 
-# -- the folder ---------------------------------------------------------------------------------------
+def test_a_later_batch_is_checked_too() -> None:
+    data = [(IMAGES, LABELS), (IMAGES, LABELS + 3)]
+    with pytest.raises(UsageError, match="batch 2 of the training data holds the label 3"):
+        _ = begin(data=data).result
+    with pytest.raises(UsageError, match=r"\[N, 1, 4, 4\]; the example"):
+        _ = begin(data=[(IMAGES, LABELS), (IMAGES[..., :4, :4], LABELS)]).result
+    with pytest.raises(UsageError, match="a batch of the validation data holds the label 3"):
+        _ = begin(val=data).result
 
 
-def test_a_folder_holds_two_checkpoints_and_survives_a_broken_one(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run", {"what": 1})
-    assert folder.start(resume=False) is None
-    for number in range(4):
-        folder.save({"number": number, "tensor": torch.arange(number)})
-    files = sorted(path.name for path in folder.path.glob("checkpoint-*"))
-    assert files == ["checkpoint-000003.pt", "checkpoint-000004.pt"]
-    state = folder.start(resume=True)
-    assert state is not None
-    assert state["number"] == 3
-    (folder.path / files[1]).write_bytes(b"half of a file")
-    state = folder.start(resume=True)
-    assert state is not None
-    assert state["number"] == 2
-    (folder.path / files[0]).unlink()
-    with pytest.raises(OutputError, match="whole"):
-        folder.start(resume=True)
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(dataset(48))
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    RunFolder(tmp_path, {"epochs": 3}).save({})
-    with pytest.raises(UsageError, match="epochs is 3, not 4"):
-        RunFolder(tmp_path, {"epochs": 4}).start(resume=True)
-    with pytest.raises(UsageError, match="--resume"):
-        RunFolder(tmp_path, {"epochs": 3}).start(resume=False)
+def test_a_loader_that_does_not_know_its_length_is_counted() -> None:
+    run = begin(data=DataLoader(Endless(), batch_size=16), epochs=2)
+    assert run.result.report.training.points[-1].epochs == pytest.approx(2)
+    assert run.stream is not None
+    assert len(run.stream) == 3
 
 
-def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, {}).locked(), pytest.raises(UsageError, match="in use"), RunFolder(tmp_path, {}).locked():
-        pass
-    with RunFolder(tmp_path, {}).locked():
-        pass
+def test_averages_are_not_chosen_among() -> None:
+    with pytest.raises(UsageError, match="average"):
+        Recipe(average=0.9, keep="best")
 
 
-# -- the command line ---------------------------------------------------------------------------------
-
-HOME = """
-import torch
-from torch import nn
-from slimc.demo import ResidualBlock
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), ResidualBlock(8, 8),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-
-def feeds():
-    g = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, 3, (512,), generator=g)
-    images = torch.randn(512, 1, 8, 8, generator=g) + labels[:, None, None, None].float()
-    batches = list(zip(images.split(16), labels.split(16)))
-    return batches[:28], batches[28:]
-"""
+def test_statistics_are_averaged_with_the_weights() -> None:
+    """An average that hardly moves stays at what the first step left, in weights and statistics alike."""
+    data, like = list(loaders()[0]), torch.zeros(2, 1, 8, 8)
+    averaged, once = network(), network()
+    fit(
+        averaged, data, like, epochs=3, recipe=Recipe(average=1 - 1e-7, precision="float32", shape="constant", warmup=0)
+    )
+    with torch.no_grad():
+        once.train()(data[0][0])
+    found, wanted = averaged.state_dict(), once.state_dict()
+    for name in found:
+        if name.startswith("1.running"):  # dropout stands before the others
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    (tmp_path / "mine.py").write_text(textwrap.dedent(HOME))
-    return tmp_path
-
-
-def command(*more: str, epochs: str = "3", out: str = "out") -> list[str]:
-    return [
-        sys.executable, "-m", "slimc", "compress", "mine:net", "--input", "2x1x8x8", "--flops", "0.5", "--schedule",
-        "tick-tock", "--epochs", epochs, "--data", "mine:feeds", "--round-to", "1", "--no-latency", "--threads", "1",
-        "--recover", "none", "--out", out, *more,
-    ]  # fmt: skip
-
-
-def start(home: Path, *more: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*more, **options), cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
-    )  # fmt: skip
-
-
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-
-
-def test_an_interrupted_command_says_how_to_go_on_and_does(home: Path) -> None:
-    from safetensors.torch import load_file
-
-    whole = start(home, out="whole")
-    first = start(home, epochs="3")
-    wait_for(home / "out-run" / "manifest.json", first)
-    first.send_signal(signal.SIGINT)
-    _, told = first.communicate(timeout=60)
-    assert whole.wait(timeout=120) == 0, whole.communicate()[1]
-    assert first.returncode == 130, told
-    assert "--resume" in told
-    assert not (home / "out").exists()
-    refused = start(home)
-    _, told = refused.communicate(timeout=60)
-    assert refused.returncode == 2
-    assert "--resume" in told
-    second = start(home, "--resume")
-    _, told = second.communicate(timeout=120)
-    assert second.returncode == 0, told
-    wanted, found = (load_file(home / name / "model.safetensors") for name in ("whole", "out"))
-    assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
-    report = json.loads((home / "out" / "report.json").read_text())
-    assert report["training"]["points"][-1]["phase"] == "finetune"
-    assert "tick" in (home / "out" / "report.html").read_text()
-    assert not list((home / "out-run").glob("checkpoint-*"))
-
-
-@pytest.mark.slow
-def test_a_command_that_is_killed_twenty_times_ends_with_the_same_weights(home: Path) -> None:
-    from safetensors.torch import load_file
-
-    begun = time.monotonic()
-    whole = start(home, out="whole", epochs="40")
-    assert whole.wait(timeout=300) == 0
-    length = time.monotonic() - begun
-    wanted = load_file(home / "whole" / "model.safetensors")
-    rng, kills, number, ended = np.random.default_rng(0), 0, 0, 0
-    # A run that ends before it is killed twenty times is followed by another one.
-    while kills < 20 or not ended:
-        out = f"out{number}"
-        resumes = (home / f"{out}-run" / "manifest.json").exists()
-        process = start(home, *(["--resume"] if resumes else []), epochs="40", out=out)
-        try:
-            patience = length * rng.uniform(0.3, 1.0) if kills < 20 else 300
-            assert process.wait(timeout=patience) == 0, process.communicate()[1]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-            # Killed when all was done: the result is there and the run is cleared.
-            if not (home / out / "report.json").exists() or (home / f"{out}-run" / "manifest.json").exists():
-                continue
-        found = load_file(home / out / "model.safetensors")
-        assert all(torch.equal(wanted[name], tensor) for name, tensor in found.items())
-        number, ended = number + 1, ended + 1
-    assert kills == 20
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--schedule", "tick-tock"), "--epochs"),
-        (("--epochs", "2"), "--data"),
-        (("--rate", "0.1"), "--epochs"),
-        (("--resume",), "--epochs"),
-        (("--schedule", "tik", "--epochs", "2", "--data", "mine:feeds"), "known are"),
-        (("--schedule", "tick-tock", "--epochs", "2", "--data", "mine:feeds", "--set", "x"), "NAME=VALUE"),
-        (("--epochs", "2", "--data", "mine:net"), "train, validation"),
-    ],
-)
-def test_options_for_training_are_checked(home: Path, options: tuple[str, ...], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "slimc", "compress", "mine:net", "--input", "2x1x8x8", "--flops", "0.5", *options],
-        cwd=home, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-
-
-def test_an_interrupt_finishes_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimc.training.loop import Loop
-
-    step, count = Loop.step, [0]
-
-    def interrupting(self: Loop) -> None:
-        step(self)
-        count[0] += 1
-        if count[0] == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Loop, "step", interrupting)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="--resume"):
-        _ = begin(folder=tmp_path / "run").result
-    assert count[0] == 3
-    assert signal.getsignal(signal.SIGINT) is handler
-    state = RunFolder(tmp_path / "run", json.loads((tmp_path / "run" / "manifest.json").read_text())["about"])
-    saved = state.start(resume=True)
-    assert saved is not None
-    trained = sum(event["kind"] == "phase" for event in saved["journal"]), saved["middle"]["loop"]["done"]
-    assert trained == (2, 0)  # a tock of two steps and a tick of one; the next one has not begun
+def test_which_axis_holds_classes_is_not_guessed_when_distilling() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 4, 3, padding=1))
+    data = [(torch.randn(8, 1, 6), torch.zeros(8, 6, dtype=torch.long))]
+    options: dict[str, Any] = {
+        "flops": 0.7, "epochs": 1, "data": data, "round_to": 1, "recover": "none",
+        "recipe": Recipe(distil=0.5, precision="float32"),
+    }  # fmt: skip
+    assert slimc.schedule("one-shot", model, torch.zeros(2, 1, 6), **options).result
+    options["loss"] = lambda outputs, targets: outputs.square().mean()
+    with pytest.raises(UsageError, match=r"\[8, 4, 6\]: which of its axes"):
+        _ = slimc.schedule("one-shot", model, torch.zeros(2, 1, 6), **options).result

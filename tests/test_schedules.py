@@ -2,154 +2,35 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import scoring
 import torch
-from torch import Tensor, nn
+from scheduled import (
+    Plain,
+    PreActivation,
+    Wide,
+    begin,
+    dearest,
+    first,
+    group_of,
+    nothing,
+    outputs,
+    seeded,
+    snapshot,
+    step,
+    steps,
+)
+from torch import nn
 
 import slimc
 from slimc.errors import UnreachableTarget, UsageError
-from slimc.graph.groups import Group
 from slimc.graph.infer import attribute
-from slimc.schedules import csgd, group_sparsity
-from slimc.training import lifts
-from slimc.training.gates import gates_of
-from slimc.training.phase import Phase
 from slimc.training.recipe import Recipe
-from slimc.training.run import Run
 from slimc.training.schedule import schedules
-
-PLAIN = Recipe(
-    rate=0.1, optimiser="sgd", shape="constant", warmup=0.0, momentum=0.0, weight_decay=0.0, precision="float32"
-)
-"""Plain SGD: what closed forms are about."""
-
-
-class Wide(nn.Module):
-    """A stream of 16 with two writers, and a branch of 12."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.bn0 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.a, self.bn1 = nn.Conv2d(16, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
-        self.b, self.bn2 = nn.Conv2d(12, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.fc = nn.Linear(16, scoring.CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn0(self.stem(x)))
-        x = torch.relu(x + self.bn2(self.b(torch.relu(self.bn1(self.a(x))))))
-        out: Tensor = self.fc(x.mean((2, 3)))
-        return out
-
-
-class Plain(nn.Module):
-    """Two layers with 40 and 60 channels, each its own group."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.bn1 = nn.Conv2d(3, 40, 3, padding=1, bias=False), nn.BatchNorm2d(40)
-        self.b, self.bn2 = nn.Conv2d(40, 60, 3, padding=1, bias=False), nn.BatchNorm2d(60)
-        self.fc = nn.Linear(60, scoring.CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn2(self.b(torch.relu(self.bn1(self.a(x))))))
-        out: Tensor = self.fc(x.mean((2, 3)))
-        return out
-
-
-class PreActivation(nn.Module):
-    """A batch norm and a scale that read the stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn1, self.a = nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3, padding=1, bias=False)
-        self.bn2, self.b = nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3, padding=1, bias=False)
-        self.scale, self.bn3 = nn.Parameter(torch.rand(8, 1, 1)), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, scoring.CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.scale * self.b(torch.relu(self.bn2(self.a(torch.relu(self.bn1(x))))))
-        out: Tensor = self.fc(torch.relu(self.bn3(x)).mean((2, 3)))
-        return out
-
-
-def seeded(make: type[nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = make().double()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, std=0.3)
-        return model
-
-
-def begin(name: str, model: nn.Module, *, flops: float = 0.5, epochs: float = 2, **more: Any) -> Run:
-    """A run over three batches of four."""
-    data = scoring.labelled()
-    options: dict[str, Any] = {"data": data, "recover": "none", "round_to": 1, "recipe": PLAIN} | more
-    run: Run = slimc.schedule(name, model, data[0][0], flops=flops, epochs=epochs, **options)
-    return run
-
-
-def nothing(outputs: Any, targets: Any) -> Tensor:
-    """A loss without a gradient: what moves, the method moves."""
-    zero: Tensor = 0.0 * outputs.sum()
-    return zero
-
-
-def first(run: Run, name: str) -> Phase:
-    """The first phase of that name; those before it are trained."""
-    return next(phase for phase in run if phase.name == name)
-
-
-def steps(phase: Phase, count: int = 1, rate: float = 0.1) -> torch.optim.Optimizer:
-    """Train a phase with a loop of our own, up to the end of an epoch."""
-    optimiser = torch.optim.SGD(phase.parameters(), lr=rate)
-    phase.attach(optimiser)
-    step(phase, optimiser, count)
-    return optimiser
-
-
-def step(phase: Phase, optimiser: torch.optim.Optimizer, count: int = 1) -> None:
-    for x, y in scoring.labelled(count):
-        optimiser.zero_grad()
-        scoring.eager_loss(phase.module.train(), x, y).backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-
-def outputs(module: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = copy.deepcopy(module).eval()(scoring.pictures(6, seed=7))
-    return found
-
-
-def group_of(run: Run, width: int) -> Group:
-    return next(group for group in run.analysis.groups if group.width == width)
-
-
-def dearest(run: Run) -> float:
-    """The share of the MACs that the most expensive channel costs at the present widths."""
-    widths, found = run.network.widths, 0.0
-    for number in range(len(widths)):
-        more = widths.copy()
-        more[number] += 1
-        found = max(found, run.analysis.cost(more).macs - run.network.costs.macs)
-    return found / run.analysis.full.macs
-
 
 # -- all of them --------------------------------------------------------------------------------------
 
@@ -262,112 +143,6 @@ def test_slimming_needs_batch_norms() -> None:
         _ = begin("slimming", model).result
 
 
-# -- tick-tock ----------------------------------------------------------------------------------------
-
-
-def test_without_a_data_gradient_a_tock_moves_gates_by_rate_times_penalty() -> None:
-    run = begin("tick-tock", seeded(Wide), settings={"penalty": 1e-3})
-    phase = first(run, "tock")
-    before = snapshot(phase.module)
-    optimiser = torch.optim.SGD(phase.parameters(), lr=0.1)
-    phase.attach(optimiser)
-    for _ in range(2):
-        optimiser.zero_grad()
-        nothing(phase.module(scoring.pictures(4)), None).backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-    after = snapshot(phase.module)
-    gates = {id(phi) for _, phi in gates_of(run.network.module, run.network.places)}
-    counted = 0
-    for name, parameter in phase.module.named_parameters():
-        own = id(parameter) in gates
-        moved = 2 * 0.1 * 1e-3 * before[name].sign() if own else torch.zeros_like(before[name])
-        torch.testing.assert_close(before[name] - after[name], moved, rtol=0, atol=1e-12)
-        counted += own
-    assert counted == 3
-
-
-def test_only_gates_betas_and_the_last_layer_move_in_a_tick() -> None:
-    run = begin("tick-tock", seeded(Wide))
-    phase = first(run, "tick")
-    before = snapshot(phase.module)
-    statistics = attribute(phase.module, "bn1.running_mean").clone()
-    phase.train()
-    moved = {name for name, value in snapshot(phase.module).items() if not torch.equal(value, before[name])}
-    norms = ("bn0", "bn1", "bn2")
-    assert moved == {
-        *(f"{norm}.parametrizations.weight.0.phi" for norm in norms),
-        *(f"{norm}.parametrizations.bias.original" for norm in norms),
-        "fc.weight", "fc.bias",
-    }  # fmt: skip
-    assert not torch.equal(attribute(phase.module, "bn1.running_mean"), statistics)
-    frozen = {name for name, parameter in phase.module.named_parameters() if not parameter.requires_grad}
-    assert frozen == {f"{norm}.parametrizations.weight.original" for norm in norms}  # as before the Tick
-
-
-def test_ticks_and_tocks_take_turns_and_the_flops_fall_until_the_budget_holds() -> None:
-    run = begin("tick-tock", seeded(Wide), settings={"ticks": 3, "tocks": 2})
-    names, shares, lengths = [], [], []
-    for phase in run:
-        names.append(phase.name)
-        lengths.append(phase.epochs)
-        if phase.name != "tock":
-            shares.append(phase.flops)
-    assert names == ["tock", "tick", "tick", "tick"] * 2 + ["finetune"]
-    # Before fine-tuning there are 0.3 of two epochs, of which Tocks have 0.6.
-    tick = 0.4 * 0.6 / 6
-    assert lengths == pytest.approx([0.18, tick, tick, tick] * 2 + [1.4])
-    assert all(later < earlier for earlier, later in pairwise(shares))
-    assert shares[0] == 1
-    for done, share in enumerate(shares[1:], 1):
-        assert share <= 0.5 ** (done / 6)
-    assert 0.5 - dearest(run) < run.share <= 0.5
-
-
-@pytest.mark.parametrize("make", [Plain, Wide])
-def test_a_tick_as_published_removes_a_share_of_the_filters_counted_over_members(make: type[nn.Module]) -> None:
-    run = begin("tick-tock", seeded(make), flops=0.2, settings={"ticks": 2, "tocks": 3, "lift": "sum", "fraction": 0.1})
-    members = {40: 1, 60: 1, 16: 2, 12: 1}
-    left = [members[group.width] for group in run.analysis.groups]
-    before: Any = None
-    cuts = 0
-    for phase in run:
-        if before is not None and not run.reached:
-            alive, values, filters = before
-            gone = alive & ~run.network.alive
-            counted = sum(
-                each * int(gone[group.variables].sum()) for each, group in zip(left, run.analysis.groups, strict=True)
-            )
-            # A channel of the stream is two filters, so that the last one may be one too many.
-            assert math.floor(0.1 * filters) <= counted < math.floor(0.1 * filters) + max(left)
-            # The weakest of all groups that are above a tenth of what they were.
-            kept = [
-                values[group.variables][run.network.alive[group.variables]].min()
-                for group, width in zip(run.analysis.groups, run.network.widths.tolist(), strict=True)
-                if width > math.ceil(group.width / 10)
-            ]
-            assert values[gone].max() <= min(kept)
-            cuts += 1
-        before = None
-        if phase.name == "tick":
-            phase.train()
-            filters = sum(each * width for each, width in zip(left, run.network.widths.tolist(), strict=True))
-            values = lifts.summed(run.network, run.network.places, phase.tally)
-            before = run.network.alive.copy(), values, filters
-    assert cuts >= 3
-
-
-@pytest.mark.parametrize(("flops", "fraction"), [(0.004, 0.5), (0.5, 0.001)])
-def test_ticks_of_a_fixed_share_end_with_the_budget_and_leave_epochs_to_fine_tune(
-    flops: float, fraction: float
-) -> None:
-    # A tenth of each group is more than the first budget; the steps to the second one would not end in time.
-    run = begin("tick-tock", seeded(Plain), flops=flops, settings={"ticks": 2, "tocks": 3, "fraction": fraction})
-    phases = [(phase.name, phase.epochs) for phase in run]
-    assert [name for name, _ in phases] == ["tock", "tick", "tick"] * 3 + ["finetune"]
-    assert phases[-1][1] == pytest.approx(1.4)
-    assert run.share <= flops
-
-
 # -- lottery ------------------------------------------------------------------------------------------
 
 
@@ -452,158 +227,6 @@ def test_scratch_of_the_same_arithmetic_trains_longer_by_what_was_cut() -> None:
 def test_scratch_names_what_it_cannot_draw() -> None:
     with pytest.raises(UsageError, match=r"cannot draw scale anew.*reset_parameters"):
         _ = begin("scratch", seeded(PreActivation)).result
-
-
-# -- csgd ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_two_rows_of_a_cluster_come_nearer_by_one_minus_rate_times_epsilon(axis: int) -> None:
-    random = torch.Generator().manual_seed(0)
-    shape = [3, 2, 2]
-    shape.insert(axis, 5)
-    weight = torch.randn(shape, generator=random, dtype=torch.float64)
-    cluster = torch.tensor([0, 1, 0, 0, 1])
-    same = (cluster[:, None] == cluster[None]).double()
-    mixing = same / same.sum(1, keepdim=True)
-    rate, epsilon = 0.1, 0.3
-    plain = weight.clone()
-    for _ in range(3):
-        gradient = 100 * torch.randn(shape, generator=random, dtype=torch.float64)
-        moved = weight - rate * csgd.centripetal(weight, gradient, mixing, axis, epsilon)
-        before, after = weight.transpose(0, axis), moved.transpose(0, axis)
-        torch.testing.assert_close(after[0] - after[2], (1 - rate * epsilon) * (before[0] - before[2]))
-        torch.testing.assert_close(after[1] - after[4], (1 - rate * epsilon) * (before[1] - before[4]))
-        assert (moved - weight).abs().max() > 1
-        weight, plain = moved, plain - rate * gradient
-    # Means of clusters are those of plain SGD.
-    rows, wanted = (t.transpose(0, axis).flatten(1) for t in (weight, plain))
-    torch.testing.assert_close(mixing @ rows, mixing @ wanted)
-
-
-@pytest.mark.parametrize("make", [Wide, PreActivation])
-def test_members_of_a_cluster_come_nearer_in_everything_that_goes_with_a_channel(make: type[nn.Module]) -> None:
-    epsilon, count = 0.5, 3
-    run = begin("csgd", seeded(make), settings={"epsilon": epsilon, "finetune": 0.5})
-    phase = first(run, "centripetal")
-    labels = csgd.clusters(run)
-    assert (labels != np.arange(len(labels))).sum() >= 3
-    before = snapshot(phase.module)
-    phase.train()
-    after = snapshot(phase.module)
-    compared = set()
-    for name, row in lifted(make):
-        factor = (1 - 0.1 * epsilon * (1.0 if before[name].dim() > 1 else 0.1)) ** count
-        twin = labels[row]
-        where = {variable: index for index, variable in enumerate(row.tolist())}
-        for index, variable in enumerate(row.tolist()):
-            other = where[int(twin[index])]
-            if other != index:
-                assert twin[index] != variable
-                gap = before[name][index] - before[name][other]
-                torch.testing.assert_close(
-                    after[name][index] - after[name][other], factor * gap, rtol=1e-9, atol=1e-12
-                )  # fmt: skip
-                compared.add(name)
-    assert compared == {name for name, _ in lifted(make)}
-
-
-def lifted(make: type[nn.Module]) -> list[tuple[str, Any]]:
-    """Parameters whose first axis is the channels of a group, by hand, with the group's variables."""
-    names = {
-        Wide: {16: ("stem.weight", "bn0.weight", "bn0.bias", "b.weight", "bn2.weight", "bn2.bias"),
-               12: ("a.weight", "bn1.weight", "bn1.bias")},
-        PreActivation: {8: ("stem.weight", "stem.bias", "bn1.weight", "bn1.bias", "b.weight", "scale", "bn3.weight",
-                            "bn3.bias"),
-                        6: ("a.weight", "bn2.weight", "bn2.bias")},
-    }[make]  # fmt: skip
-    analysis = slimc.inspect(seeded(make), scoring.pictures(4))
-    return [(name, group.variables) for group in analysis.groups for name in names[group.width]]
-
-
-@pytest.mark.parametrize("make", [Wide, PreActivation])
-def test_merging_members_that_are_alike_changes_nothing(make: type[nn.Module]) -> None:
-    run = begin("csgd", seeded(make))
-    first(run, "centripetal")
-    network = run.network
-    labels = csgd.clusters(run)
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, variables in lifted(make):
-            where = {variable: index for index, variable in enumerate(variables.tolist())}
-            twins = [where[int(label)] for label in labels[variables]]
-            own = attribute(network.module, name)
-            own.copy_(own[twins].clone())
-            if name.startswith("bn"):
-                for statistic in ("running_mean", "running_var"):
-                    numbers = attribute(network.module, f"{name.split('.')[0]}.{statistic}")
-                    numbers.uniform_(0.05, 0.2, generator=random)
-                    numbers.copy_(numbers[twins].clone())
-    before = outputs(network.module)
-    assert (labels != np.arange(len(labels))).sum() >= 3
-    csgd.merge(network, labels)
-    network.cut(csgd.representatives(network, labels))
-    assert run.share <= 0.5
-    torch.testing.assert_close(outputs(network.module), before, rtol=0, atol=1e-10)
-    # A merge that takes sums for means, or means for sums, doubles or halves parameters: it would be seen.
-    for name in ("fc.weight", "b.weight", "stem.weight", *(["scale"] if make is PreActivation else [])):
-        with torch.no_grad():
-            attribute(network.module, name).mul_(2)
-        assert (outputs(network.module) - before).abs().max() > 1e-3
-        with torch.no_grad():
-            attribute(network.module, name).div_(2)
-
-
-# -- group sparsity -----------------------------------------------------------------------------------
-
-
-def test_weights_of_the_penalty_run_from_two_to_the_alpha_to_one() -> None:
-    # 2^(4 (4 - 2) / (4 - 1)) = 2^(8/3) = 6.3496
-    np.testing.assert_allclose(group_sparsity.gammas(np.array([1.0, 2.0, 4.0]), 4), [16, 6.3496, 1], rtol=1e-5)
-    assert group_sparsity.gammas(np.full(3, 0.7), 4).tolist() == [1, 1, 1]
-    assert group_sparsity.gammas(np.zeros(3), 4).tolist() == [1, 1, 1]
-    assert group_sparsity.gammas(np.zeros(0), 4).tolist() == []
-
-
-def test_the_gradient_of_group_sparsity_is_penalty_times_gamma_times_the_weight() -> None:
-    run = begin("group-sparsity", seeded(Wide), loss=nothing, settings={"penalty": 0.01, "alpha": 2.0})
-    phase = first(run, "sparse")
-    before = snapshot(phase.module)
-    stream, inner = (group_of(run, width).variables for width in (16, 12))
-    parts = {
-        "stream": [before[f"{n}.weight"].flatten(1) for n in ("stem", "b")]
-        + [before["a.weight"].transpose(0, 1).flatten(1), before["fc.weight"].T]
-        + [before[f"{n}.{kind}"][:, None] for n in ("bn0", "bn2") for kind in ("weight", "bias")],
-        "inner": [before["a.weight"].flatten(1), before["b.weight"].transpose(0, 1).flatten(1)]
-        + [before[f"bn1.{kind}"][:, None] for kind in ("weight", "bias")],
-    }
-    norms = {key: torch.cat(own, 1).norm(dim=1) for key, own in parts.items()}
-    outer, middle = (2 ** (2.0 * (own.max() - own) / (own.max() - own.min())) for own in norms.values())
-    assert len(stream) == len(outer)
-    assert len(inner) == len(middle)
-    assert phase.hooks.before_step is not None
-    nothing(phase.module(scoring.pictures(4)), None).backward()  # type: ignore[no-untyped-call]
-    phase.hooks.before_step()
-    factors = {
-        "a.weight": (middle[:, None] + outer[None])[..., None, None], "bn1.weight": middle, "bn2.bias": outer,
-        "stem.weight": outer[:, None, None, None], "fc.weight": outer[None],
-    }  # fmt: skip
-    for name, factor in factors.items():
-        torch.testing.assert_close(attribute(phase.module, name).grad, 0.01 * factor * before[name])
-    assert not attribute(phase.module, "fc.bias").grad.any()
-
-
-def test_group_sparsity_without_a_difference_is_weight_decay() -> None:
-    model = seeded(Wide)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(0.5)
-    run = begin("group-sparsity", model, loss=nothing, settings={"penalty": 0.01})
-    phase = first(run, "sparse")
-    phase.train()
-    after = snapshot(phase.module)
-    assert all(bool(torch.isfinite(value).all()) for value in after.values())
-    torch.testing.assert_close(after["bn1.weight"], torch.full((12,), 0.5 * (1 - 0.1 * 0.01) ** 3).double())
 
 
 # -- iterative ----------------------------------------------------------------------------------------

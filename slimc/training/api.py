@@ -16,8 +16,9 @@ from slimc.analysis import Analysis, Progress, Stages, analyse
 from slimc.budget import Target
 from slimc.describe import facts_of, results_of
 from slimc.errors import UsageError
+from slimc.losses import output_shape
 from slimc.plan import weights_sha256
-from slimc.report import Accuracy, Method, Training, TrainingPoint
+from slimc.report import Accuracy, Method, Training
 from slimc.result import Compressed
 
 from . import schedule as registry
@@ -27,6 +28,7 @@ from .network import Network
 from .options import Options
 from .recipe import Recipe
 from .run import Run
+from .stream import check_first
 
 MEND = ("reconstruct", "bn")
 """What `recover="auto"` does after every cut of a schedule."""
@@ -88,6 +90,7 @@ def schedule(
     limits = compiler.limits_of(targets, analysis, stages)
     ignored = tuple(analysis.matching(ignore))
     _check_reachable(analysis, limits, alignment, round_to == "auto", ignored)
+    _check_data(analysis, data, val, test, loss, metric)
     about = {
         "model": weights_sha256(model), "schedule": name, "targets": {t.metric: t.text for t in targets},
         "epochs": epochs, "settings": own, "scorer": scorer, "recover": list(mend), "round_to": str(round_to),
@@ -104,6 +107,21 @@ def schedule(
         method, analysis, options, data=data, val=val, loss=loss, metric=metric, stages=stages,
         folder=None if folder is None else RunFolder(Path(folder), about), resume=resume, finish=finish,
     )  # fmt: skip
+
+
+def _check_data(
+    analysis: Analysis,
+    data: Iterable[Any] | None,
+    val: Iterable[Any] | None,
+    test: Iterable[Any] | None,
+    loss: Loss | None,
+    metric: Metric | None,
+) -> None:
+    """UsageError before anything is trained, where a first batch does not fit the model."""
+    parts = (("the training data", data, loss), ("the validation data", val, metric), ("the test data", test, metric))
+    for source, batches, own in parts:
+        if batches is not None and not isinstance(batches, Iterator):
+            check_first(batches, analysis.captured.example, None if own else output_shape(analysis.types), source)
 
 
 def _mending(wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[str, ...]:
@@ -149,10 +167,9 @@ def _compressed(
     ]
     with _trained(analysis, network):
         slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
-    points = tuple(TrainingPoint(p.phase, p.epochs, p.flops, p.loss, p.accuracy) for p in run.history)
     settings = {key: str(value) for key, value in options.settings.items()}
     before = run.accuracy_of(analysis.model)
-    training = Training(run.schedule.name, options.epochs, before, settings, options.mend, points)
+    training = Training(run.schedule.name, options.epochs, before, settings, options.mend, tuple(run.history))
     accuracy = _accuracy(run, slim, test)
     slim.report = replace(slim.report, training=training, accuracy=accuracy, seconds=dict(run.stages.seconds))
     return slim

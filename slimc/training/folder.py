@@ -20,6 +20,7 @@ import torch
 from slimc.errors import OutputError, UsageError
 
 _KEPT = 2
+_END = json.dumps({"event": "end"})
 _MANIFEST, _LOG, _LOCK = "manifest.json", "log.jsonl", "lock"
 
 
@@ -39,9 +40,12 @@ class RunFolder:
         """
         manifest = self._manifest()
         if manifest is None:
+            if resume and self._ended():
+                raise UsageError(f"the run in {self.path} has ended; leave --resume out to begin another one")
             if resume and self.path.exists() and not (self.path / _LOG).exists():
                 raise UsageError(f"{self.path} holds no run to go on with; leave --resume out to begin one")
             self._create()
+            (self.path / _LOG).unlink(missing_ok=True)
             return None
         if manifest["about"] != self.about:
             wrong = [key for key in self.about if manifest["about"].get(key) != self.about[key]]
@@ -51,7 +55,7 @@ class RunFolder:
                 f"{self.about.get(key)!r}. Give the options of that run, or another folder"
             )
         if not resume:
-            raise UsageError(f"{self.path} holds a run that was interrupted: --resume goes on with it, or remove it")
+            raise UsageError(f"{self.path} holds a run already: --resume goes on with it, or remove it")
         for entry in reversed(manifest["checkpoints"]):
             content = self._read(entry)
             if content is not None:
@@ -105,9 +109,15 @@ class RunFolder:
 
     @staticmethod
     def clear(path: Path) -> None:
-        """Remove the checkpoints of a run whose result is safe; the log stays."""
+        """Remove the checkpoints of a run whose result is safe; the log stays, and says that it has ended."""
+        with (path / _LOG).open("a", encoding="utf-8") as log:
+            log.write(_END + "\n")
         for file in (path / _MANIFEST, *path.glob("checkpoint-*.pt"), path / _LOCK):
             file.unlink(missing_ok=True)
+
+    def _ended(self) -> bool:
+        log = self.path / _LOG
+        return log.exists() and log.read_text(encoding="utf-8").rstrip().endswith(_END)
 
     def _create(self) -> None:
         try:

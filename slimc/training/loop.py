@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
-from slimc.losses import first_output
-from slimc.samples import Batch, batch_of
+from slimc.losses import check_labels, first_output, scalar
+from slimc.samples import Batch, batch_of, check_finite
 
 from . import workers
 from .features import Features
@@ -36,11 +36,10 @@ class Hooks:
     """What a method does besides descending the loss.
 
     before_step: with the gradients of a step there (of all processes), before the optimiser uses them.
-    after_step: when the weights have moved. after_epoch: when a whole pass over the data has been trained on.
+    after_epoch: when a whole pass over the data has been trained on.
     """
 
     before_step: Hook | None = None
-    after_step: Hook | None = None
     after_epoch: Hook | None = None
 
 
@@ -67,7 +66,7 @@ class Loop:
         memory: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.module, self.stream, self.steps, self.recipe = module, stream, steps, recipe
-        self._loss = loss or functools.partial(_cross_entropy, smoothing=recipe.smoothing)
+        self._loss = None if loss is None else scalar(loss)
         self._hooks = hooks or Hooks()
         self._teacher = teacher if recipe.distil or features is not None else None
         self._features = features
@@ -85,7 +84,7 @@ class Loop:
         self.average: AveragedModel | None = None
         if recipe.average:
             average = get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(module, multi_avg_fn=average)
+            self.average = AveragedModel(module, multi_avg_fn=average, use_buffers=True)
         self.done = 0
         self.total, self.seen = 0.0, 0.0
         self._worker = _distributed(module)
@@ -113,6 +112,7 @@ class Loop:
         self.optimiser.zero_grad(set_to_none=True)
         value = self._value(batch)
         if not bool(torch.isfinite(value)):
+            check_finite(batch, self._place)
             raise UsageError(
                 f"the loss is {float(value.detach())} at step {self.done + 1} of {self.steps}: lower the learning rate "
                 "(--rate), or look at the data"
@@ -123,13 +123,15 @@ class Loop:
             self._hooks.before_step()
         self.optimiser.step()
         self.schedule.step()
-        if self._hooks.after_step:
-            self._hooks.after_step()
         if self.average is not None:
             self.average.update_parameters(self.module)
         self.total, self.seen, self.done = self.total + float(value.detach()) * weight, self.seen + 1, self.done + 1
         if self.stream.index == len(self.stream) and self._hooks.after_epoch:
             self._hooks.after_epoch()
+
+    @property
+    def _place(self) -> str:
+        return f"batch {self.stream.index} of the training data"
 
     def _value(self, batch: Batch) -> Tensor:
         example = layout(batch, self.module)
@@ -141,25 +143,39 @@ class Loop:
                     wanted = batch.example.run(self._teacher)
         outputs = widened(outputs)
         if self._teacher is None:
-            return self._loss(outputs, batch.targets)
-        share, heat = self.recipe.distil, self.recipe.temperature
-        drawn = functional.kl_div(
-            functional.log_softmax(first_output(outputs) / heat, dim=1),
-            functional.log_softmax(first_output(widened(wanted)) / heat, dim=1),
-            reduction="batchmean", log_target=True,
-        )  # fmt: skip
-        # Hinton et al. (2015), section 2: gradients of the softened outputs are 1/T^2 as large.
-        value = share * drawn * heat * heat
+            return self._of_labels(outputs, batch)
+        share = self.recipe.distil
+        value = share * self._drawn(first_output(outputs), first_output(widened(wanted)))
         if share < 1:
-            value = value + (1 - share) * self._loss(outputs, batch.targets)
+            value = value + (1 - share) * self._of_labels(outputs, batch)
         return value if self._features is None else value + self.recipe.features * self._features.loss()
 
+    def _of_labels(self, outputs: Any, batch: Batch) -> Tensor:
+        if self._loss is not None:
+            return self._loss(outputs, batch.targets)
+        scores = first_output(outputs)
+        check_labels(batch.targets, batch.count, tuple(scores.shape), self._place)
+        assert isinstance(batch.targets, Tensor)
+        return functional.cross_entropy(scores, batch.targets.long(), label_smoothing=self.recipe.smoothing)
+
+    def _drawn(self, own: Tensor, wanted: Tensor) -> Tensor:
+        """How far class scores are from the original's, per sample and place, both softened."""
+        if own.dim() < 2 or (own.dim() == 3 and self._loss is not None):
+            raise UsageError(
+                f"the model's first output has shape {list(own.shape)}: which of its axes holds the classes is not "
+                "known, so it cannot be distilled this way. Leave --distil out, or distil in your loss="
+            )
+        heat = self.recipe.temperature
+        mine, theirs = (
+            functional.log_softmax(t.movedim(1, -1).flatten(0, -2) / heat, dim=1) for t in (own, wanted)
+        )  # fmt: skip
+        # Hinton et al. (2015), section 2: gradients of the softened outputs are 1/T^2 as large.
+        return functional.kl_div(mine, theirs, reduction="batchmean", log_target=True) * heat * heat
+
     def finish(self) -> None:
-        """Take the averaged weights, if there are any, and put back what trains."""
+        """Take the averaged weights and statistics, if there are any, and put back what trains."""
         if self.average is not None and self.done:
-            with torch.no_grad():
-                for own, mean in zip(self.module.parameters(), self.average.module.parameters(), strict=True):
-                    own.copy_(mean)
+            self.module.load_state_dict(self.average.module.state_dict())
         if self._features is not None:
             self._features.close()
         for (_, parameter), wanted in zip(self._named, self._wanted, strict=True):
@@ -200,12 +216,6 @@ class Loop:
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
-
-
-def _cross_entropy(outputs: Any, targets: Any, smoothing: float) -> Tensor:
-    if not isinstance(targets, Tensor):
-        raise UsageError("the training batches hold no labels: let every batch be (inputs, targets), or give loss=")
-    return functional.cross_entropy(first_output(outputs), targets.long(), label_smoothing=smoothing)
 
 
 def _distributed(module: nn.Module) -> nn.Module:
@@ -288,9 +298,9 @@ def evaluate(
 
 def top1(outputs: Any, targets: Any) -> float:
     """The share of samples whose largest output is that of their class."""
-    if not isinstance(targets, Tensor):
-        raise UsageError("the validation batches hold no labels: let every batch be (inputs, targets), or give metric=")
-    return float((first_output(outputs).argmax(1) == targets).float().mean())
+    scores = first_output(outputs)
+    check_labels(targets, len(scores), tuple(scores.shape), "a batch of the validation data")
+    return float((scores.argmax(1) == targets).float().mean())
 
 
 @dataclass(frozen=True)

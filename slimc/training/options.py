@@ -1,4 +1,4 @@
-"""What a user asks of a run, and what a run says of each of its phases."""
+"""What a user asks of a run."""
 
 from __future__ import annotations
 
@@ -7,21 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .recipe import Recipe
-
-
-@dataclass
-class Point:
-    """One phase as it ended: where the network is and how good it is.
-
-    epochs: trained so far, in all phases. flops: the share of the MACs that is left. accuracy: of the validation
-    data, None where it was not measured. loss: the mean training loss of its last epoch.
-    """
-
-    phase: str
-    epochs: float
-    flops: float
-    loss: float | None
-    accuracy: float | None
 
 
 @dataclass(frozen=True)

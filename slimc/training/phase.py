@@ -72,11 +72,9 @@ class Phase:
 
     def attach(self, optimiser: torch.optim.Optimizer) -> None:
         """Let the method do its part of every step of an optimiser of yours: penalties, scores, masks."""
-        before, after = self.hooks.before_step, self.hooks.after_step
+        before = self.hooks.before_step
         if before is not None:
             optimiser.register_step_pre_hook(lambda *_: before())
-        if after is not None:
-            optimiser.register_step_post_hook(lambda *_: after())
 
     def epoch_done(self) -> None:
         """Tell the method that your loop has seen all data once; some methods act then."""

@@ -62,6 +62,11 @@ class Recipe:
                 raise UsageError(f"{name} is {getattr(self, name)}; wanted a number from {low} to {high}")
         if self.rate is not None and not self.rate > 0:
             raise UsageError(f"the learning rate is {self.rate}; it must be above 0")
+        if self.average and self.keep == "best":
+            raise UsageError(
+                "keep='best' chooses among weights as they are trained, not among their averages; "
+                "leave one of average and keep out"
+            )
         if self.shape not in SHAPES:
             raise UsageError(f"the shape of the learning rate is {self.shape!r}; known are {', '.join(SHAPES)}")
 

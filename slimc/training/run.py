@@ -20,6 +20,7 @@ from slimc import recover, scores
 from slimc.analysis import Analysis, Stages
 from slimc.errors import UsageError
 from slimc.recover import Task
+from slimc.report import TrainingPoint
 from slimc.samples import Samples, affordable, batch_of, collect, to_device
 
 from . import workers
@@ -27,7 +28,7 @@ from .folder import RunFolder
 from .journal import Journal
 from .loop import Hooks, Loss, Metric, evaluate
 from .network import Alive, Network
-from .options import Options, Point
+from .options import Options
 from .phase import Phase, Trainer
 from .recipe import default_rate
 from .schedule import Schedule
@@ -67,7 +68,7 @@ class Run:
         self.schedule, self.analysis, self.options = schedule, analysis, options
         self.network = Network(analysis)
         self.selection = Selection(self.network, options.limits, options.round_to, options.may_relax, options.ignored)
-        self.history: list[Point] = []
+        self.history: list[TrainingPoint] = []
         self.spent = 0.0
         self.loss, self.metric, self.stages, self.folder = loss, metric, stages, folder
         self._finish, self._data, self._resume = finish, data, resume
@@ -125,7 +126,7 @@ class Run:
         with self._alone():
             checkpoint = workers.from_first(self._start)
             if checkpoint is not None:
-                self.history = [Point(**point) for point in checkpoint["history"]]
+                self.history = [TrainingPoint(**point) for point in checkpoint["history"]]
                 self._journal.recall(checkpoint)
             for phase in self.schedule.plan(self, **self.options.settings):
                 if self._journal.is_telling:
@@ -362,7 +363,7 @@ class Run:
 
     def _close(self, phase: Phase) -> None:
         found = phase.metrics
-        point = Point(phase.name, self.spent, self.share, found["loss"], found["accuracy"])
+        point = TrainingPoint(phase.name, self.spent, self.share, found["loss"], found["accuracy"])
         self.history.append(point)
         tally = {name: value.clone() for name, value in phase.tally.items()}
         self._journal.write("phase", {"spent": self.spent, "measured_at": self._measured_at, "tally": tally})

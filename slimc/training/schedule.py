@@ -6,15 +6,14 @@ It is run again from its start when an interrupted run goes on; what it did befo
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slimc.errors import InternalError, UsageError
+from slimc.errors import UsageError
+from slimc.registry import Registry
 
 if TYPE_CHECKING:
     from .phase import Phase
@@ -70,32 +69,15 @@ def demand(low: float, high: float = math.inf, **settings: float) -> None:
             raise UsageError(f"--set {name}={value}: wanted a number from {wanted}")
 
 
-_SCHEDULES: dict[str, Schedule] = {}
+_REGISTRY = Registry[Schedule]("schedule", "slimc.schedules")
+schedules, find = _REGISTRY.all, _REGISTRY.find
 
 
 def schedule(name: str, summary: str, source: str) -> Callable[[Plan], Plan]:
     """Register a schedule under the name that users type."""
 
     def register(function: Plan) -> Plan:
-        if name in _SCHEDULES:
-            raise InternalError(f"two schedules are called {name!r}")
-        _SCHEDULES[name] = Schedule(name, summary, source, function)
+        _REGISTRY.add(Schedule(name, summary, source, function))
         return function
 
     return register
-
-
-def schedules() -> dict[str, Schedule]:
-    """All schedules by name; the folder listing is the registry."""
-    package = importlib.import_module("slimc.schedules")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"slimc.schedules.{module.name}")
-    return dict(sorted(_SCHEDULES.items()))
-
-
-def find(name: str) -> Schedule:
-    """The schedule of that name."""
-    known = schedules()
-    if name not in known:
-        raise UsageError(f"--schedule {name}: known are {', '.join(known)}")
-    return known[name]

@@ -11,7 +11,8 @@ import torch
 
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
-from slimc.samples import Batch, batch_of, to_device
+from slimc.losses import check_labels
+from slimc.samples import Batch, batch_of, check_alike, check_finite, to_device
 
 from . import workers
 
@@ -30,7 +31,10 @@ class Stream:
         self._loader, self._like, self._seed, self._device = loader, like, seed, device
         self.epoch, self.index = 0, 0
         self._batches: Iterator[Any] | None = None
-        self._length: int | None = len(loader) if isinstance(loader, Sized) else None
+        try:
+            self._length: int | None = len(loader) if isinstance(loader, Sized) else None
+        except TypeError:  # a DataLoader over an iterable dataset has the method, and no answer
+            self._length = None
 
     def __len__(self) -> int:
         """Batches in an epoch; a loader that does not say is counted once."""
@@ -55,6 +59,7 @@ class Stream:
             return self.next()
         self.index += 1
         whole = batch_of(item, self._like)
+        check_alike(whole.example.tensors(), self._like.tensors())
         return to_device(workers.share(whole), self._device)
 
     def seek(self, epoch: int, index: int, state: dict[str, Any]) -> None:
@@ -69,6 +74,22 @@ class Stream:
         self._batches = iter(self._loader)
         for _ in range(self.index):
             next(self._batches, None)
+
+
+def check_first(data: Iterable[Any], like: Example, output: tuple[int, ...] | None, source: str) -> None:
+    """Look at the first batch before anything slow; UsageError where it does not fit the model.
+
+    output: sizes of what labels are compared with; None where a loss or metric of the user's reads them.
+    """
+    with kept_random_state():
+        item = next(iter(data), None)
+    if item is None:
+        raise UsageError(f"{source} is empty; give at least one batch of (inputs, targets)")
+    batch = batch_of(item, like)
+    check_alike(batch.example.tensors(), like.tensors())
+    check_finite(batch, f"batch 1 of {source}")
+    if output is not None:
+        check_labels(batch.targets, batch.count, output, f"batch 1 of {source}")
 
 
 def seed_all(seed: int, epoch: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch import library as operators
 
 from zoo.case import case, conv
 
@@ -128,7 +129,7 @@ class StandardisedWeight(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@torch.library.custom_op("slimc_zoo::mystery", mutates_args=())
+@operators.custom_op("slimc_zoo::mystery", mutates_args=())
 def mystery(x: Tensor) -> Tensor:
     """An operator that nobody has a rule for: every channel sees its right neighbour."""
     return x + x.roll(-1, 1)

@@ -1,0 +1,180 @@
+"""Samples that recovery takes, and the statistics that are re-estimated on them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from convnet import ConvNet, X, noise, plain, seeded, weights
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import slimc
+from slimc.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def slim() -> slimc.Compressed:
+    return plain(seeded(ConvNet), X, flops=0.5)
+
+
+# -- recovery -----------------------------------------------------------------------------------------
+
+
+def reestimated(model: nn.Module, inputs: Any, data: Any, **options: Any) -> slimc.Compressed:
+    """Cut plainly, then re-estimate batch norms on all of the data."""
+    slim = plain(model, inputs, **options)
+    slim.recover("bn", data)
+    return slim
+
+
+def _loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(noise(16, 3, 8, 8, seed=7) + 1, torch.zeros(16, dtype=torch.int64)), batch_size=16)
+
+
+DATA: dict[str, Callable[[], Any]] = {
+    "DataLoader": _loader,
+    "pairs": lambda: [(x, y) for x, y in _loader()],
+    "lists": lambda: [[x, y] for x, y in _loader()],
+    "tensors": lambda: [x for x, _ in _loader()],
+    "generator": lambda: (x for x, _ in _loader()),
+}
+
+
+@pytest.mark.parametrize("form", DATA)
+def test_re_estimated_statistics_are_those_that_torch_computes(form: str, slim: slimc.Compressed) -> None:
+    recovered = reestimated(seeded(ConvNet), X, DATA[form](), flops=0.5)
+    wanted = copy.deepcopy(slim.module)
+    for module in wanted.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+            module.train()
+    with torch.no_grad():
+        wanted(next(iter(_loader()))[0])
+    moved = 0.0
+    for name in ("bn1", "bn2"):
+        for statistic in ("running_mean", "running_var"):
+            got, reference = (m.get_submodule(name).get_buffer(statistic) for m in (recovered.module, wanted))
+            torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-6)
+            moved += float((got - slim.module.get_submodule(name).get_buffer(statistic)).abs().max())
+    assert moved > 0.1
+    assert {n: p.detach().numpy().tobytes() for n, p in recovered.module.named_parameters()} == {
+        n: p.detach().numpy().tobytes() for n, p in slim.module.named_parameters()
+    }
+    assert recovered.report.recovery is not None
+    assert [step.method for step in recovered.report.recovery] == ["bn"]
+
+
+def test_dictionary_batches_feed_a_model_that_takes_keywords() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+        def forward(self, features: Tensor) -> Tensor:
+            out: Tensor = self.net(features)
+            return out
+
+    batches = [{"features": noise(8, 6) + 3, "labels": torch.zeros(8)}]
+    slim = reestimated(seeded(Keyword), {"features": noise(4, 6)}, batches, params=0.5)
+    hidden = slim.module.get_submodule("net.0")(batches[0]["features"])
+    torch.testing.assert_close(slim.module.get_buffer("net.1.running_mean"), hidden.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_over_several_batches_are_those_of_all_samples() -> None:
+    whole = noise(24, 3, 8, 8, seed=9)
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3)))
+    slim = reestimated(model, X, [whole[:8], whole[8:12], whole[12:]], flops=0.5)
+    first = slim.module.get_submodule("0")(whole)
+    torch.testing.assert_close(slim.module.get_buffer("1.running_mean"), first.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(slim.module.get_buffer("1.running_var"), first.var((0, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_norm_that_is_used_twice_has_the_statistics_of_both_uses() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+            self.norm = nn.BatchNorm1d(8)
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.norm(self.second(torch.relu(self.norm(self.first(x))))))
+            return out
+
+    x = noise(64, 6) + 1
+    module = reestimated(seeded(Shared), noise(4, 6), [x], params=0.7).module
+    assert isinstance(module, Shared)
+    with torch.no_grad():
+        one = module.first(x)
+        normal = (one - one.mean(0)) / (one.var(0, unbiased=False) + module.norm.eps).sqrt()
+        scaled = normal * module.norm.weight + module.norm.bias
+        both = torch.cat([one, module.second(torch.relu(scaled))])
+    torch.testing.assert_close(module.get_buffer("norm.running_mean"), both.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.get_buffer("norm.running_var"), both.var(0), rtol=1e-4, atol=1e-5)
+
+
+def test_data_that_is_not_finite_is_refused_before_it_spoils_the_statistics() -> None:
+    slim = plain(seeded(ConvNet), X, flops=0.5)
+    before = weights(slim.module)
+    with pytest.raises(UsageError, match=r"batch 1 of --data holds NaN or infinity in its sample 0"):
+        slim.recover("bn", [torch.full_like(X, float("nan"))])
+    assert weights(slim.module) == before
+    assert slim.report.recovery is None
+
+
+def test_a_model_with_a_fixed_batch_takes_data_in_any_batches() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(torch.relu(self.norm(self.first(x)).view(4, 8)))
+            return out
+
+    data = noise(10, 6) + 2
+    slim = reestimated(seeded(Fixed), noise(4, 6), [data], params=0.7)
+    weight, bias = slim.module.get_parameter("first.weight"), slim.module.get_parameter("first.bias")
+    hidden = nn.functional.linear(data[:8], weight, bias)
+    torch.testing.assert_close(slim.module.get_buffer("norm.running_mean"), hidden.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_only_as_many_batches_are_read_as_are_needed() -> None:
+    read = []
+
+    def endless() -> Iterator[Tensor]:
+        while True:
+            read.append(1)
+            yield noise(64, 3, 8, 8, seed=len(read))
+
+    plain(seeded(ConvNet), X, flops=0.5, data=endless(), recover="bn")
+    assert len(read) == 512 // 64
+
+
+def test_without_data_pictures_are_made_up_for_models_that_take_them_and_nothing_is_done_for_others() -> None:
+    slim = plain(seeded(ConvNet), X, flops=0.5, recover="auto")
+    assert slim.report.calibration is not None
+    assert slim.report.calibration.source.startswith("synthetic pictures")
+    assert slim.report.method.scorer == "obs"
+    vectors = plain(
+        seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))),
+        noise(4, 6),
+        params=0.7,
+        recover="auto",
+    )
+    assert vectors.report.recovery is None
+    assert vectors.report.calibration is None
+    assert vectors.report.method.scorer == "magnitude"
+
+
+def test_progress_tells_the_stages_in_order_and_the_target_both_ways() -> None:
+    told: list[tuple[str, str]] = []
+    plain(seeded(ConvNet), X, flops=0.5, progress=lambda kind, text: told.append((kind, text)))
+    stages = [text for kind, text in told if kind == "stage"]
+    assert stages == ["capture", "infer", "score", "plan", "rewrite", "verify"]
+    assert any("keep 50%, cut 50%" in text for _, text in told)
