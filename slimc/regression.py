@@ -9,7 +9,7 @@ from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Tried penalties, as shares of the mean diagonal of the normal equations."""
-_WIDE = 1024
+_WIDE = 256
 
 
 class Moments:

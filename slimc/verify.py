@@ -59,14 +59,12 @@ def verify(types: Types, cut: Cut, rewritten: Rewritten, inputs: Sequence[Exampl
     """
     dtype = torch.float64
     check = _Check(types, cut, rewritten, dtype)
-    error = max(check.error(example, check.trained) for example in inputs)
-    moved, redrawn = None, False
-    if not cut.alive.all():
-        moved = check.moved(inputs[0], check.trained)
-        redrawn = moved < max(_TELLING * error, _SMALLEST_MOVE)
-        if redrawn:
-            others = _redrawn(types.captured.module, seed)
-            error, moved = max(error, check.error(inputs[0], others)), check.moved(inputs[0], others)
+    errors = [check.error(example, check.trained) for example in inputs[1:]]
+    last, moved = check.error_and_move(inputs[0], check.trained)
+    error, redrawn = max([last, *errors]), False
+    if moved is not None and moved < max(_TELLING * error, _SMALLEST_MOVE):
+        last, moved = check.error_and_move(inputs[0], _redrawn(types.captured.module, seed))
+        error, redrawn = max(error, last), True
     return Proof(error, moved, str(dtype).removeprefix("torch."), len(inputs), redrawn)
 
 
@@ -99,6 +97,19 @@ class _Check:
 
     def error(self, example: Example, read: Read) -> float:
         """How far the rewritten graph is from the masked original on one input; raises where that is too far."""
+        return self._compared(example, read)[0]
+
+    def error_and_move(self, example: Example, read: Read) -> tuple[float, float | None]:
+        """The error, and how far the cut moves the outputs on this input; None where nothing was cut."""
+        error, slim = self._compared(example, read)
+        if self.cut.alive.all():
+            return error, None
+        leaves = pytree.tree_leaves((example.args, example.kwargs))
+        with torch.no_grad():
+            original = Plain(self.types.captured.module, read, self.dtype).results(leaves)
+        return error, _distance(slim, original)
+
+    def _compared(self, example: Example, read: Read) -> tuple[float, list[Tensor]]:
         leaves = pytree.tree_leaves((example.args, example.kwargs))
         with torch.no_grad():
             try:
@@ -113,14 +124,7 @@ class _Check:
             distance = _distance(slim, wanted)
             if not distance <= TOLERANCE[self.dtype]:
                 raise VerificationError(self._first_difference(leaves, read, distance))
-        return distance
-
-    def moved(self, example: Example, read: Read) -> float:
-        """How far the cut moves the outputs on one input."""
-        leaves = pytree.tree_leaves((example.args, example.kwargs))
-        with torch.no_grad():
-            original = Plain(self.types.captured.module, read, self.dtype).results(leaves)
-            return _distance(self._slim(leaves, read), original)
+        return distance, slim
 
     def _slim(self, leaves: list[Any], read: Read) -> list[Tensor]:
         return Plain(self.rewritten.module, self._sliced(read), self.dtype).results(leaves)

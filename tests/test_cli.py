@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
         ["compress", "model.pt", "--flops=0.5", *INPUT, "--out", "mine", "--overwrite"], 2, "mine",
     ),
     "unknown scorer": (["compress", "model.pt", "--flops=0.5", *INPUT, "--scorer=magic"], 2, "no scorer 'magic'"),
-    "unknown recovery": (["compress", "model.pt", "--flops=0.5", *INPUT, "--recover=magic"], 2, "no recovery step 'magic'"),
+    "unknown recovery": (["compress", "model.pt", "--flops=0.5", *INPUT, "--recover=bad"], 2, "no recovery step 'bad'"),
     "recovery without data": (["compress", "model.pt", "--flops=0.5", *INPUT, "--recover=bn"], 2, "needs --data"),
     "unknown data": (["compress", "model.pt", "--flops=0.5", *INPUT, "--data=pictures"], 2, "--data pictures"),
     "missing data": (["compress", "model.pt", "--flops=0.5", *INPUT, "--data=npz:none.npz"], 2, "none.npz"),

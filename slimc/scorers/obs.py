@@ -279,12 +279,15 @@ class Part:
         """Eliminate channels (by their present places) and give what that costs in all."""
         own = torch.zeros(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
         own.reshape(-1, self.each)[list(gone)] = True
-        inverse, weights = self.inverse, self.weights
-        factor = torch.linalg.solve(inverse[own][:, own], inverse[own][:, ~own])
-        cost = float(torch.linalg.solve(inverse[own][:, own], weights[own][:, own]).diagonal().sum())
-        self.inverse = inverse[~own][:, ~own] - inverse[~own][:, own] @ factor
-        cross = weights[~own][:, own] @ factor
-        self.weights = weights[~own][:, ~own] - cross - cross.T + factor.T @ weights[own][:, own] @ factor
+        gone_rows, left = own.nonzero()[:, 0], (~own).nonzero()[:, 0]
+        inverse, weights = (matrix[gone_rows] for matrix in (self.inverse, self.weights))
+        lower = torch.linalg.cholesky(inverse[:, gone_rows])
+        factor = torch.cholesky_solve(inverse[:, left], lower)
+        cost = float(torch.cholesky_solve(weights[:, gone_rows], lower).diagonal().sum())
+        self.inverse = self.inverse[left[:, None], left].addmm_(inverse[:, left].T, factor, alpha=-1)
+        # W - C - C^T + F^T W_oo F with C = W_:o F, in one product: the last term goes half to each side.
+        change = (weights[:, left] - 0.5 * weights[:, gone_rows] @ factor).T @ factor
+        self.weights = self.weights[left[:, None], left].sub_(change).sub_(change.T)
         return cost
 
 
