@@ -90,7 +90,8 @@ def schedule(
     limits = compiler.limits_of(targets, analysis, stages)
     ignored = tuple(analysis.matching(ignore))
     _check_reachable(analysis, limits, alignment, round_to == "auto", ignored)
-    _check_data(analysis, data, val, test, loss, metric)
+    with stages.stage("data"):
+        _check_data(analysis, data, val, test, loss, metric)
     about = {
         "model": weights_sha256(model), "schedule": name, "targets": {t.metric: t.text for t in targets},
         "epochs": epochs, "settings": own, "scorer": scorer, "recover": list(mend), "round_to": str(round_to),
