@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import slimc
 from bench import networks
 from slimc.graph.capture import Example
 
@@ -95,7 +96,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
         options["init_weights"] = False
     model = torchvision.models.get_model(name, **options)
     if "detection" in module:
-        return DenseDetector(model), torch.randn(BATCH, 3, 320, 320)
+        return slimc.DenseDetector(model), torch.randn(BATCH, 3, 320, 320)
     if "optical_flow" in module:
         return model, (torch.randn(BATCH, 3, 128, 128), torch.randn(BATCH, 3, 128, 128))
     if "video" in module:
@@ -103,21 +104,6 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
         return model, torch.randn(BATCH, 3, 16, side, side)
     side = {"inception_v3": 299}.get(name, 256 if "swin_v2" in name else 224)
     return model, torch.randn(BATCH, 3, side, side)
-
-
-class DenseDetector(nn.Module):
-    """The dense part of a torchvision detector: backbone and first-stage heads, post-processing left outside."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.backbone = model.backbone
-        self.head = model.rpn.head if hasattr(model, "rpn") else model.head
-
-    def forward(self, images: torch.Tensor) -> Any:
-        """[N, 3, H, W] to the raw outputs of the heads."""
-        features = self.backbone(images)
-        features = [features] if isinstance(features, torch.Tensor) else list(features.values())
-        return self.head(features)
 
 
 # -- timm ---------------------------------------------------------------------------------------------

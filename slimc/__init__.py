@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .compiler import compress as compress
     from .compiler import inspect as inspect
     from .compiler import load as load
+    from .detector import DenseDetector as DenseDetector
     from .errors import SlimcError as SlimcError
     from .plan import Plan as Plan
     from .report import Report as Report
@@ -27,6 +28,7 @@ _PUBLIC = {
     "apply": "slimc.compiler",
     "load": "slimc.compiler",
     "schedule": "slimc.training.api",
+    "DenseDetector": "slimc.detector",
     "Recipe": "slimc.training.recipe",
     "Compressed": "slimc.compiler",
     "Plan": "slimc.plan",

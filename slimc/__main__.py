@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -22,7 +23,9 @@ def main() -> NoReturn:
     if "--unsafe-pickle" not in sys.argv:
         os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     if not os.environ.get("SLIMC_DEBUG"):
-        warnings.simplefilter("ignore")  # torch's remarks about itself; what users should know is in the report
+        # torch's remarks about itself; what users should know is in the report.
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
     sys.exit(guarded(app))
 
 

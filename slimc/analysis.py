@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .detector import is_detector
 from .errors import CaptureError, UsageError
 from .graph.capture import Captured, Example, capture
 from .graph.cost import Costs, Model
@@ -168,6 +169,11 @@ def analyse(
     """Capture a copy of a model and infer its channels; the model itself is left as it is."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"wanted an nn.Module, got {type(model).__name__}")
+    if is_detector(model):
+        raise CaptureError(
+            f"{type(model).__name__} decides by what it sees how many boxes it keeps, which cannot be captured. Give "
+            "slimc.DenseDetector(model), its backbone and heads; the result holds the smaller detector as `.detector`"
+        )
     stages = stages or Stages(None)
     example = Example.of(example_inputs).map(Tensor.detach)
     with torch.random.fork_rng():

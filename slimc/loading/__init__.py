@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimc.detector import DenseDetector, image_size, is_detector
 from slimc.errors import LoadError, UsageError
 from slimc.loading.archive import open_archive
 from slimc.loading.audit import check_structure, check_values
@@ -60,7 +61,10 @@ def load(source: str, *, arch: str | None = None, allow: Sequence[str] = (), uns
         loaded = _from_file(Path(source), arch, tuple(allow), unsafe_pickle)
     model, notes = _unwrapped(loaded.model)
     check_values(model, source)
-    return dataclasses.replace(loaded, model=model, notes=(*loaded.notes, *notes, *_to_single_precision(model)))
+    notes = (*loaded.notes, *notes, *_to_single_precision(model))
+    if is_detector(model):
+        return _dense(dataclasses.replace(loaded, model=model, notes=notes))
+    return dataclasses.replace(loaded, model=model, notes=notes)
 
 
 def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
@@ -178,6 +182,16 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         notes.append(f"took the model out of its {type(model).__name__} wrapper")
         model = model.module
     return model, tuple(notes)
+
+
+def _dense(loaded: Loaded) -> Loaded:
+    """Backbone and heads of a detector; the rest of it cannot be compiled, and stays as it is."""
+    name = type(loaded.model).__name__
+    note = f"{name}: backbone and heads are compressed (slimc.DenseDetector), post-processing is left outside"
+    shape = loaded.input_shape or image_size(loaded.model)
+    return dataclasses.replace(
+        loaded, model=DenseDetector(loaded.model), input_shape=shape, notes=(*loaded.notes, note)
+    )
 
 
 def _to_single_precision(model: nn.Module) -> tuple[str, ...]:
