@@ -1,5 +1,7 @@
 """Coverage sweep: every model captured, cut to half of its FLOPs, proven, exported to ONNX and compared there.
 
+Kept weights stay as the cut leaves them: recovery is measured elsewhere.
+
     python -m bench.coverage [torchvision timm hf smp yolo] [--only SUBSTRING] [--jobs 2] [--resume]
 
 Each model runs in a child process of its own with a time limit, the smallest models first. Rows are appended to
@@ -9,18 +11,16 @@ bench/results/coverage.jsonl as they finish; docs/coverage.md is rendered from t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import os
 import resource
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bench.children import in_children
 
 RESULTS = Path(__file__).parent / "results" / "coverage.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -46,7 +46,7 @@ def main() -> None:
     wanted = [case for case in cases(options.sources) if options.only in case and case not in done]
     wanted.sort(key=size_hint)
     print(f"{len(wanted)} models, {options.jobs} at a time", flush=True)
-    for row in in_children(wanted, options.jobs):
+    for row in in_children(measure, wanted, options.jobs, LIMIT_SECONDS):
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(line(row), flush=True)
@@ -59,53 +59,6 @@ def rows() -> list[dict[str, Any]]:
         return []
     found = [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()]
     return list({row["case"]: row for row in found}.values())
-
-
-def in_children(wanted: list[str], jobs: int) -> Iterator[dict[str, Any]]:
-    """A row per case, each from a process forked off this one, so that imports are paid for once."""
-    import slimc.compiler
-    import slimc.exporters.formats.onnx  # noqa: F401
-
-    context = multiprocessing.get_context("fork")
-    waiting, running = list(wanted), dict[str, tuple[Any, Any, float]]()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            case = waiting.pop(0)
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_send, args=(theirs, case))
-            process.start()
-            theirs.close()
-            running[case] = (process, ours, time.perf_counter())
-        for case, (process, ours, start) in list(running.items()):
-            seconds = time.perf_counter() - start
-            if ours.poll(0.1):
-                yield _receive(ours, process, case, seconds)
-            elif seconds > LIMIT_SECONDS:
-                process.kill()
-                yield {"case": case, "error": f"took more than {LIMIT_SECONDS} s", "seconds": LIMIT_SECONDS}
-            else:
-                continue
-            process.join()
-            del running[case]
-
-
-def _send(pipe: Any, case: str) -> None:
-    warnings.simplefilter("ignore")
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            pipe.send(measure(case))
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            pipe.send({"case": case, "error": f"build: {type(error).__name__}: {text}", "seconds": 0.0})
-
-
-def _receive(pipe: Any, process: Any, case: str, seconds: float) -> dict[str, Any]:
-    try:
-        row: dict[str, Any] = pipe.recv()
-    except EOFError:
-        process.join()
-        row = {"case": case, "error": f"ended with {process.exitcode}", "seconds": round(seconds, 1)}
-    return row
 
 
 def measure(case: str) -> dict[str, Any]:
@@ -126,7 +79,7 @@ def measure(case: str) -> dict[str, Any]:
     start, processor = time.perf_counter(), time.process_time()
     stage = "compress"
     try:
-        slim = slimc.compress(model, inputs, flops=0.5, round_to=1)
+        slim = slimc.compress(model, inputs, flops=0.5, round_to=1, recover="none")
         _describe(row, slim, model)
         stage = "onnx"
         with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +135,8 @@ def render() -> None:
     note = (
         f"{len(done)} of {len(found)} models are captured, cut to half of their FLOPs with any width, proven (removal "
         "equals masking, float64), exported to ONNX and equal there within 1e-5. In the median model "
-        f"{statistics.median(shares):.1%} of the parameters can be removed. Weights are random. Detectors of "
+        f"{statistics.median(shares):.1%} of the parameters can be removed. Weights are random, and nothing is "
+        "fitted after the cut. Detectors of "
         "torchvision are compressed as backbone and heads, with post-processing left outside. *prunable*: parameters "
         "in tensors that can shrink. *class*: the result is the model's own class; else the graph as a module. *s*: "
         "processor seconds of all of it with one thread (of the clock where marked ~, with other work beside it). "
