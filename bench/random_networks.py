@@ -3,8 +3,8 @@
     python -m bench.random_networks [--count 10000] [--seed 0] [--resume]
 
 Each line of the log is one network: its draw, its recipe, and what broke, if anything did. Networks come in draws of
-500, each with a seed of its own, so that a run that was stopped goes on with the next draw. It goes on after a failure and
-ends with exit code 1 if there was any. A failure is shrunk by the test suite: paste the recipe into
+500, each with a seed of its own, so that a run that was stopped goes on with the next draw. It goes on after a
+failure and ends with exit code 1 if there was any. A failure is shrunk by the test suite: paste the recipe into
 tests/test_random_networks.py.
 """
 
@@ -96,7 +96,7 @@ def render(rows: list[dict[str, Any]]) -> None:
     different = len({row["recipe"] for row in rows})
     note = (
         f"{len(rows)} networks, {different} of them different, in draws {draws[0]} to {draws[-1]} of {AT_ONCE}: "
-        f"{len(failed)} broke a law of tests/laws.py (proof, costs, shapes, order, a second inference, the user's class)."
+        f"{len(failed)} broke a law of tests/laws.py (proof, costs, shapes, a second inference, the user's class ...)."
     )
     lines = [f"- draw {row['draw']}, network {row['number']}: {row['fault']}: `{row['recipe']}`" for row in failed]
     page.write(
