@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-Measure = Callable[[str], dict[str, Any]]
+Row = dict[str, Any]
+Measure = Callable[[str], Row]
 
 
-def in_children(measure: Measure, wanted: list[str], jobs: int, limit: float) -> Iterator[dict[str, Any]]:
+def sweep(measure: Measure, wanted: list[str], results: Path, jobs: int, limit: float) -> Iterator[Row]:
+    """A row per case, appended to a file of JSON lines as it is there."""
+    print(f"{len(wanted)} models, {jobs} at a time", flush=True)
+    for row in in_children(measure, wanted, jobs, limit):
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        yield row
+
+
+def rows_of(results: Path) -> list[Row]:
+    """All rows so far; the last one of each case counts."""
+    if not results.exists():
+        return []
+    found = [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()]
+    return list({row["case"]: row for row in found}.values())
+
+
+def in_children(measure: Measure, wanted: list[str], jobs: int, limit: float) -> Iterator[Row]:
     """A row per case, each from a process forked off this one, so that imports are paid for once.
 
     limit: seconds of the clock after which a process is killed.
@@ -54,9 +74,9 @@ def _send(pipe: Any, measure: Measure, case: str) -> None:
             pipe.send({"case": case, "error": f"build: {type(error).__name__}: {text}", "seconds": 0.0})
 
 
-def _receive(pipe: Any, process: Any, case: str, seconds: float) -> dict[str, Any]:
+def _receive(pipe: Any, process: Any, case: str, seconds: float) -> Row:
     try:
-        row: dict[str, Any] = pipe.recv()
+        row: Row = pipe.recv()
     except EOFError:
         process.join()
         row = {"case": case, "error": f"ended with {process.exitcode}", "seconds": round(seconds, 1)}

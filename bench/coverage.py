@@ -11,7 +11,6 @@ bench/results/coverage.jsonl as they finish; docs/coverage.md is rendered from t
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.children import in_children
+from bench.children import rows_of, sweep
 
 RESULTS = Path(__file__).parent / "results" / "coverage.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -42,23 +41,16 @@ def main() -> None:
         return
     from bench.cases import cases, size_hint
 
-    done = {row["case"] for row in rows() if not (options.retry and row.get("error"))} if options.resume else set()
+    done = (
+        {row["case"] for row in rows_of(RESULTS) if not (options.retry and row.get("error"))}
+        if options.resume
+        else set()
+    )
     wanted = [case for case in cases(options.sources) if options.only in case and case not in done]
     wanted.sort(key=size_hint)
-    print(f"{len(wanted)} models, {options.jobs} at a time", flush=True)
-    for row in in_children(measure, wanted, options.jobs, LIMIT_SECONDS):
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    for row in sweep(measure, wanted, RESULTS, options.jobs, LIMIT_SECONDS):
         print(line(row), flush=True)
     render()
-
-
-def rows() -> list[dict[str, Any]]:
-    """All rows so far; the last one of each case counts."""
-    if not RESULTS.exists():
-        return []
-    found = [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()]
-    return list({row["case"]: row for row in found}.values())
 
 
 def measure(case: str) -> dict[str, Any]:
@@ -129,7 +121,7 @@ def render() -> None:
     """Write docs/coverage.md from the rows there are."""
     from bench import page
 
-    found = sorted(rows(), key=lambda row: row["case"])
+    found = sorted(rows_of(RESULTS), key=lambda row: row["case"])
     done = [row for row in found if "error" not in row]
     shares = [row["prunable"] for row in found if "prunable" in row]
     note = (

@@ -10,7 +10,6 @@ last layer, whose outputs it leaves.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import statistics
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import page
-from bench.children import in_children
+from bench.children import rows_of, sweep
 
 RESULTS = page.RESULTS / "peer_zoo.jsonl"
 LIMIT_SECONDS, PEER_SECONDS = 400, 60
@@ -38,23 +37,12 @@ def main() -> None:
     if not options.render:
         from bench.cases import cases, size_hint
 
-        done = {row["case"] for row in rows()} if options.resume else set()
+        done = {row["case"] for row in rows_of(RESULTS)} if options.resume else set()
         wanted = [case for case in cases(options.sources) if options.only in case and case not in done]
         wanted.sort(key=size_hint)
-        print(f"{len(wanted)} models, {options.jobs} at a time", flush=True)
-        for row in in_children(measure, wanted, options.jobs, LIMIT_SECONDS):
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        for row in sweep(measure, wanted, RESULTS, options.jobs, LIMIT_SECONDS):
             print(row, flush=True)
     render()
-
-
-def rows() -> list[dict[str, Any]]:
-    """All rows so far; the last one of each case counts."""
-    if not RESULTS.exists():
-        return []
-    found = [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()]
-    return list({row["case"]: row for row in found}.values())
 
 
 def measure(case: str) -> dict[str, Any]:
@@ -108,7 +96,7 @@ def patience(seconds: int) -> Iterator[None]:
 
 def render(path: Path = page.RESULTS / "peer_zoo.md") -> None:
     """Write the page from the rows there are."""
-    found = sorted(rows(), key=lambda row: row["case"])
+    found = sorted(rows_of(RESULTS), key=lambda row: row["case"])
     both = [row for row in found if "slimc" in row and "peer" in row]
     ratios = [row["peer"] / row["slimc"] for row in both]
     slower = max((row["slimc"] - row["peer"] for row in both), default=0.0)

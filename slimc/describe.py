@@ -15,12 +15,11 @@ from .budget import Target
 from .exporters import machine
 from .graph.cost import Costs
 from .graph.resize import Cut
-from .plan import weights_sha256
+from .plan import groups_of, weights_sha256
 from .report import (
     Change,
     Environment,
     FrozenOperator,
-    GroupRow,
     Method,
     Report,
     TargetResult,
@@ -81,8 +80,7 @@ def report_of(
 ) -> Report:
     """The report of a cut that is proven; later stages add to it."""
     before, after = costs
-    groups = analysis.groups
-    kept = [int(cut.alive[g.variables].sum()) for g in groups]
+    groups = groups_of(analysis.grouping, cut)
     here = machine.describe()
     return Report(
         model=name or type(analysis.model).__name__,
@@ -92,10 +90,7 @@ def report_of(
         size=Change(before.size, after.size),
         memory=Change(round(before.memory), round(after.memory)),
         method=method,
-        groups=tuple(
-            GroupRow(g.name, g.width, k, g.exact, tuple((m.tensor, m.axis) for m in g.members))
-            for g, k in zip(groups, kept, strict=True)
-        ),
+        groups=groups,
         frozen=tuple(FrozenOperator(c.op, c.node, c.module, c.reason) for c in analysis.frozen),
         seconds=dict(stages.seconds),
         environment=Environment(
@@ -106,8 +101,8 @@ def report_of(
         ),
         verification=Verification(
             passed=True, max_relative_error=proof.max_relative_error, moved=proof.moved, dtype=proof.dtype,
-            inputs=proof.inputs, groups=sum(k < g.width for g, k in zip(groups, kept, strict=True)),
-            renormalising_groups=sum(k < g.width and not g.exact for g, k in zip(groups, kept, strict=True)),
+            inputs=proof.inputs, groups=sum(g.kept < g.width for g in groups),
+            renormalising_groups=sum(g.kept < g.width and not g.exact for g in groups),
             redrawn=proof.redrawn,
         ),
         warnings=tuple(warnings),

@@ -18,19 +18,9 @@ from .errors import PlanError
 from .graph.groups import Grouping
 from .graph.infer import Types
 from .graph.resize import Cut
+from .report.model import GroupRow
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class PlanGroup:
-    """One group: its name, how wide it was, how many channels stay, and the tensor axes it shrinks."""
-
-    name: str
-    width: int
-    kept: int
-    exact: bool
-    members: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class Plan:
 
     kept: dict[str, dict[int, list[int]]]
     shapes: dict[str, list[int]]
-    groups: tuple[PlanGroup, ...] = ()
+    groups: tuple[GroupRow, ...] = ()
     targets: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -170,17 +160,18 @@ def make(types: Types, grouping: Grouping, cut: Cut, **facts: Any) -> Plan:
         for name in types.aliases.get(first, (first,)) if shrunk else ():
             kept[name] = shrunk
             shapes[name] = [len(axis) for axis in axes]
-    groups = tuple(
-        PlanGroup(
-            group.name,
-            group.width,
-            int(cut.alive[group.variables].sum()),
-            group.exact,
+    return Plan(kept, shapes, groups_of(grouping, cut), **facts)
+
+
+def groups_of(grouping: Grouping, cut: Cut) -> tuple[GroupRow, ...]:
+    """Every group with what stays of it, in network order."""
+    return tuple(
+        GroupRow(
+            group.name, group.width, int(cut.alive[group.variables].sum()), group.exact,
             tuple((member.tensor, member.axis) for member in group.members),
         )
         for group in grouping.groups
-    )
-    return Plan(kept, shapes, groups, **facts)
+    )  # fmt: skip
 
 
 def _lines(data: dict[str, Any]) -> str:
@@ -226,10 +217,10 @@ def _table(name: str, value: Any, source: str) -> dict[str, Any]:
     return value or {}
 
 
-def _groups(rows: Any, source: str) -> tuple[PlanGroup, ...]:
+def _groups(rows: Any, source: str) -> tuple[GroupRow, ...]:
     try:
         return tuple(
-            PlanGroup(g["name"], g["width"], g["kept"], g["exact"], tuple((m[0], m[1]) for m in g["members"]))
+            GroupRow(g["name"], g["width"], g["kept"], g["exact"], tuple((m[0], m[1]) for m in g["members"]))
             for g in rows
         )
     except (TypeError, KeyError, IndexError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,15 +47,20 @@ class Batch:
     def __getitem__(self, rows: slice) -> Batch:
         """Some of its samples."""
 
-        def cut(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == self.count else value
+        return self.map(lambda t: t[rows] if t.dim() and len(t) == self.count else t)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor of inputs and targets changed."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
 
         targets = self.targets
         if isinstance(targets, Mapping):
-            targets = {name: cut(value) for name, value in targets.items()}
+            targets = {name: changed(value) for name, value in targets.items()}
         elif isinstance(targets, (tuple, list)):
-            targets = type(targets)(cut(value) for value in targets)
-        return Batch(self.example.map(cut), cut(targets))
+            targets = type(targets)(changed(value) for value in targets)
+        return Batch(self.example.map(change), changed(targets))
 
 
 @dataclass(frozen=True)
@@ -158,16 +163,7 @@ def _parts(whole: Batch, size: int | None, left: int) -> list[Batch]:
 
 def to_device(batch: Batch, device: torch.device | None) -> Batch:
     """The same batch on another device."""
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    targets = batch.targets
-    if isinstance(targets, Mapping):
-        targets = {name: move(value) for name, value in targets.items()}
-    elif isinstance(targets, (tuple, list)):
-        targets = type(targets)(move(value) for value in targets)
-    return Batch(batch.example.map(move), move(targets))
+    return batch.map(lambda tensor: tensor.to(device))
 
 
 def batch_of(item: Any, like: Example) -> Batch:

@@ -211,9 +211,9 @@ class Method:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One group of channels of which `kept` out of `width` stay; groups stand in network order.
+    """One group of channels of which `kept` out of `width` stay, in report and plan; groups stand in network order.
 
-    `exact` is false where a norm over this group renormalises. `members` are (parameter, axis), as in plan.json.
+    `exact` is false where a norm over this group renormalises. `members` are the (parameter, axis) that it shrinks.
     """
 
     name: str
