@@ -48,6 +48,7 @@ class Console:
         self._err = Rich(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._stage: tuple[str, float] | None = None
+        self._cutting, self._cut_since = 0.0, 0.0
         self._detail = ""
         self._pace: tuple[float, float] | None = None
 
@@ -99,10 +100,14 @@ class Console:
 
     def _begin_stage(self, name: str) -> None:
         # A schedule trains and cuts in turn: one stage to look at.
+        now = time.perf_counter()
         if self._stage is not None and {name, self._stage[0]} <= _TRAINING:
+            self._end_cut(now)
+            self._cut_since = now if name == "cut" else 0.0
             return
         self._end_stage()
-        self._stage = (name, time.perf_counter())
+        self._stage = (name, now)
+        self._cut_since = now if name == "cut" else 0.0
         self._detail = ""
         if not self._err.is_terminal:
             return
@@ -113,14 +118,21 @@ class Console:
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], description=STAGES.get(name, name))
 
+    def _end_cut(self, now: float) -> None:
+        if self._cut_since:
+            self._cutting, self._cut_since = self._cutting + now - self._cut_since, 0.0
+
     def _end_stage(self, failed: bool = False) -> None:
         if self._stage is None:
             return
+        now = time.perf_counter()
+        self._end_cut(now)
         name, start = self._stage
-        self._stage = None
+        cutting, self._stage, self._cutting = self._cutting, None, 0.0
         if not self.quiet:
+            part = f", {cutting:.1f} s of it cutting and fitting" if cutting >= 0.1 else ""
             mark = "[red]✗[/red]" if failed else "[green]✓[/green]"
-            self._err.print(f"{mark} {STAGES.get(name, name)} [dim]{time.perf_counter() - start:.1f} s[/dim]")
+            self._err.print(f"{mark} {STAGES.get(name, name)} [dim]{now - start:.1f} s{part}[/dim]")
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0])
 
