@@ -238,7 +238,8 @@ def _named(types: Types, axes: list[Terms], colour: Terms, sizes: list[Axis]) ->
     renormalised = _colours_of([axis for _, axis in types.renormalising], types, colour)
     floors = _anchors(sizes)
     variables = _by_colour(colour)
-    order = {kind: number for number, kind in enumerate(members)}  # the same, but for kinds that touch no parameter
+    # Nearly always the same; not where kinds touch no parameter, or where one axis first shows two of them.
+    order = {kind: number for number, kind in enumerate(members)}
     labels = _labels(members)
     groups = tuple(
         Group(
@@ -248,13 +249,13 @@ def _named(types: Types, axes: list[Terms], colour: Terms, sizes: list[Axis]) ->
     )
     lookup = np.full(len(widths), -1)
     lookup[list(order)] = np.arange(len(order))
-    if len(order) < len(widths):
+    if list(order) != list(range(len(widths))):
         sizes = _renumber(sizes, lookup.tolist(), widths)
     return Grouping(groups, lookup[colour] if len(colour) else colour, tuple(sizes), numbers)
 
 
 def _renumber(sizes: list[Axis], lookup: list[int], widths: list[int]) -> list[Axis]:
-    """Polynomials over groups; what touches no parameter always stays and is a constant."""
+    """Polynomials over groups instead of kinds; what touches no parameter always stays and is a constant."""
     renumbered = []
     for axis in sizes:
         terms = []

@@ -11,6 +11,21 @@ from strategies import BLOCKS, Recipe, Step, recipes
 @settings(max_examples=200)
 @given(recipes())
 @example(Recipe(2, (Step("conv", 0, 0, 0), Step("conv", 0, 1, 8)), "mean", 1, 0))  # a network whose output is constant
+@example(  # groups whose order of appearance in tensors is not that of their colours
+    Recipe(
+        4,
+        (
+            Step("residual", 2, 1, 3),
+            Step("dense", 9, 7, 3),
+            Step("dense", 9, 7, 3),
+            Step("residual", 2, 1, 3),
+            Step("dense", 9, 7, 3),
+        ),
+        "flat",
+        2,
+        571,
+    )  # fmt: skip
+)
 def test_every_law_holds_on_a_drawn_network(recipe: Recipe) -> None:
     model, inputs = recipe.build()
     # Capture takes most of the time, so that every fourth slim network is captured and inferred again.
