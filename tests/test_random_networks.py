@@ -24,7 +24,7 @@ from strategies import BLOCKS, Recipe, Step, recipes
         "flat",
         2,
         571,
-    )  # fmt: skip
+    )
 )
 def test_every_law_holds_on_a_drawn_network(recipe: Recipe) -> None:
     model, inputs = recipe.build()
