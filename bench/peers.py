@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from slimc import eager, planner, scores
-from slimc.analysis import Stages, analyse
+from slimc.analysis import Analysis, Stages, analyse
 from slimc.graph.resize import Cut
-from slimc.rewrite import rewrite, shapes_agree
+from slimc.rewrite import Rewritten, rewrite, shapes_agree
 
 SHARE = 0.5
 
@@ -73,10 +73,21 @@ class PeerSeconds:
 
 def slimc_seconds(model: nn.Module, inputs: Tensor, share: float = SHARE) -> SlimcSeconds:
     """Cut a model to a share of its FLOPs, any width allowed: the pipeline of `slimc.compress` up to the proof."""
-    method = scores.find("magnitude")
     gc.collect()
     stages = Stages(None)
     analysis = analyse(model, inputs, stages)
+    cut, rewritten = cut_of(analysis, stages, share)
+    with stages.stage("shapes"):
+        wrong = shapes_agree(analysis.types, cut, rewritten)
+    with stages.stage("own"):
+        eager.build(analysis.model, analysis.types, cut, rewritten, analysis.captured.example)
+    assert wrong is None, wrong
+    return SlimcSeconds(**stages.seconds)
+
+
+def cut_of(analysis: Analysis, stages: Stages, share: float = SHARE) -> tuple[Cut, Rewritten]:
+    """From an analysed model to the smaller graph, each stage timed."""
+    method = scores.find("magnitude")
     with stages.stage("score"):
         ranked = scores.normalise(method.score(scores.Subject(analysis.types, analysis.grouping, "l2", 0)))
     with stages.stage("plan"):
@@ -88,13 +99,7 @@ def slimc_seconds(model: nn.Module, inputs: Tensor, share: float = SHARE) -> Sli
             alive[group.variables[kept]] = True
         cut = Cut(analysis.types, alive)
     with stages.stage("slice"):
-        rewritten = rewrite(analysis.types, cut)
-    with stages.stage("shapes"):
-        wrong = shapes_agree(analysis.types, cut, rewritten)
-    with stages.stage("own"):
-        eager.build(analysis.model, analysis.types, cut, rewritten, analysis.captured.example)
-    assert wrong is None, wrong
-    return SlimcSeconds(**stages.seconds)
+        return cut, rewrite(analysis.types, cut)
 
 
 def peer_seconds(model: nn.Module, inputs: Tensor, head: str | None, ratio: float = SHARE) -> PeerSeconds:

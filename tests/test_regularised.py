@@ -1,19 +1,25 @@
-"""Schedules that draw channels together or to zero: C-SGD and group sparsity."""
+"""Schedules that draw channels together or to zero: C-SGD, group sparsity and ResRep."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import scoring
 import torch
-from scheduled import PreActivation, Wide, begin, first, group_of, nothing, outputs, seeded, snapshot
+from scheduled import PLAIN, Plain, PreActivation, Wide, begin, first, group_of, nothing, outputs, seeded, snapshot
 from torch import nn
 
 import slimc
 from slimc.graph.infer import attribute
 from slimc.schedules import csgd, group_sparsity
+from slimc.schedules.resrep import closing, strengths
+from slimc.training import lifts
+from slimc.training.gates import gates_of
+from slimc.training.phase import Phase
+from slimc.training.run import Run
 
 # -- csgd ---------------------------------------------------------------------------------------------
 
@@ -165,3 +171,87 @@ def test_group_sparsity_without_a_difference_is_weight_decay() -> None:
     after = snapshot(phase.module)
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
     torch.testing.assert_close(after["bn1.weight"], torch.full((12,), 0.5 * (1 - 0.1 * 0.01) ** 3).double())
+
+
+# -- resrep -------------------------------------------------------------------------------------------
+
+
+def masked(make: type[nn.Module], **settings: Any) -> tuple[Run, Phase]:
+    """A run in its first phase, in which every second channel is masked."""
+    run = begin("resrep", seeded(make), settings=settings)
+    phase = first(run, "compact")
+    phase.tally["alive"][::2] = False
+    return run, phase
+
+
+@pytest.mark.parametrize("make", [Wide, Plain, PreActivation])
+def test_compactors_start_as_the_identity_and_leave_no_trace(make: type[nn.Module]) -> None:
+    model = seeded(make)
+    wanted = outputs(model)
+    run = begin("resrep", model)
+    phase = first(run, "compact")
+    gates = list(gates_of(run.network.module, run.network.places))
+    assert gates
+    assert all(torch.equal(phi, torch.ones_like(phi)) for _, phi in gates)
+    torch.testing.assert_close(outputs(phase.module), wanted, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        for _, phi in gates:
+            phi.mul_(torch.linspace(0.5, 1.5, len(phi), dtype=phi.dtype))
+    gated = outputs(phase.module)
+    run.network.merge()
+    torch.testing.assert_close(outputs(run.network.module), gated, rtol=0, atol=1e-12)
+    assert not any("parametrizations" in name for name, _ in run.network.module.named_parameters())
+
+
+def test_masked_gates_get_the_penalty_alone_and_the_others_both() -> None:
+    run, phase = masked(Wide, penalty=10.0)  # more than what closes a gate in time
+    run.stream = None  # masks as they are
+    for _, phi in gates_of(run.network.module, run.network.places):
+        phi.grad = torch.full_like(phi, -7.0)  # the data would have them grow
+    assert phase.hooks.before_step is not None
+    phase.hooks.before_step()
+    for place, phi in gates_of(run.network.module, run.network.places):
+        kept = lifts.living(run.network, place, phase.tally["alive"].numpy())
+        assert kept.any()
+        assert not kept.all()
+        assert phi.grad is not None
+        assert torch.equal(phi.grad, torch.where(kept, 3.0, 10.0).to(phi))
+
+
+def test_a_masked_gate_moves_by_one_in_the_second_half() -> None:
+    run = begin("resrep", seeded(Wide), epochs=400)
+    steps = 300
+    gate = torch.nn.Parameter(torch.ones(1))
+    optimiser = torch.optim.SGD([gate], lr=0.1, momentum=0.99, nesterov=True)
+    for _ in range(steps // 2):
+        gate.grad = torch.full_like(gate, closing(run, steps))
+        optimiser.step()
+    assert gate.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_masks_come_little_by_little_and_meet_the_budget_half_way() -> None:
+    run = begin("resrep", seeded(Plain), epochs=8, settings={"masks": 4, "finetune": 0.0})
+    phase = first(run, "compact")
+    assert phase.hooks.before_step is not None
+    counts = []
+    for _ in range(24):  # eight epochs of three batches
+        phase.hooks.before_step()
+        counts.append(int((~phase.tally["alive"]).sum()))
+    assert counts[:2] == [0, 0]
+    assert len(set(counts)) == 5
+    assert counts == sorted(counts)
+    assert run.selection.meets(phase.tally["alive"].numpy() & run.network.alive)
+    assert counts[12] == counts[-1]
+
+
+def test_masked_gates_close_by_the_end_and_are_what_is_cut() -> None:
+    run = begin("resrep", seeded(Plain), epochs=60, recipe=dataclasses.replace(PLAIN, shape="cosine", rate=0.02))
+    phase = first(run, "compact")
+    phase.train()
+    strong = strengths(run)
+    alive = phase.tally["alive"].numpy()
+    groups = np.concatenate([group.variables for group in run.analysis.groups])
+    assert strong[groups[~alive[groups]]].max() < 0.25 < np.median(strong[groups[alive[groups]]])
+    slim = run.result
+    assert slim.report.targets["flops"].got <= 0.5
+    assert np.array_equal(run.network.alive[groups], alive[groups])

@@ -11,7 +11,7 @@ divided by it) and appendix B for layers without one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,12 +35,14 @@ class Place:
 
     tensors: the parameters that it multiplies, each with the axis that holds the channels; the weight first.
     norm: whether it is a batch norm, whose weight becomes the gate.
+    identity: the gate starts as 1, and multiplies what is there.
     axis: the channels of the first tensor in the whole network.
     """
 
     tensors: tuple[tuple[str, int], ...]
     norm: bool
     axis: Terms
+    identity: bool = False
 
     @property
     def name(self) -> str:
@@ -106,6 +108,11 @@ def _channels(types: Types, site: Site) -> Terms:
     return axes[site.axis]
 
 
+def compactors(found: tuple[Place, ...]) -> tuple[Place, ...]:
+    """The same places with gates that start as 1 behind the norms (the diagonal of ResRep's compactors)."""
+    return tuple(replace(place, norm=False, identity=True) for place in found)
+
+
 def attach(
     module: nn.Module, found: tuple[Place, ...], carried: Mapping[str, tuple[Tensor, ...]] | None = None
 ) -> dict[str, float]:
@@ -150,7 +157,9 @@ def attach(
 
 
 def _seed(place: Place, weight: Tensor) -> Tensor:
-    """A batch norm's gamma; a layer's row norms, which are to its rows what gamma is to normalised channels."""
+    """A batch norm's gamma; a layer's row norms, which are to its rows what gamma is to normalised channels; or 1."""
+    if place.identity:
+        return weight.new_ones(weight.shape[place.tensors[0][1]])
     if place.norm:
         return weight.detach().clone()
     axis = place.tensors[0][1]

@@ -122,8 +122,10 @@ class Network:
 
     # -- what is done to it ---------------------------------------------------------------------------
 
-    def gate(self) -> None:
-        """Put gates on."""
+    def gate(self, *, identity: bool = False) -> None:
+        """Put gates on; identity: these start as 1 behind the norms, from now on."""
+        if identity:
+            self.places = gates.compactors(self.places)
         if not self.gated:
             self.clipped = gates.attach(self.module, self.places)
         self.gated = True
@@ -251,6 +253,7 @@ class Network:
         return {
             "alive": torch.from_numpy(self.alive.copy()),
             "gated": self.gated,
+            "identity": any(place.identity for place in self.places),
             "module": {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()},
             "optimiser": self.optimiser,
         }
@@ -263,6 +266,8 @@ class Network:
         assert isinstance(optimiser, dict)
         self.alive, self.gated, self._module = alive.numpy(), False, None
         self._build(None)
+        if state["identity"]:
+            self.places = gates.compactors(self.places)
         if state["gated"]:
             self.gate()
         for name, parameter in self.module.named_parameters():

@@ -128,7 +128,7 @@ class Trainer:
         """Train to the end; gives the mean loss of the last epoch. Interrupted where the user wants to stop."""
         loop, stream, recipe = self._loop, self._stream, self._phase.recipe
         while loop.done < loop.steps and not (recipe.patience and self._worse >= recipe.patience):
-            if workers.any_of(self._run.wish.is_set()):
+            if workers.any_of(self._run.wish.is_there):
                 self._run.save(self.state())
                 raise Interrupted(self._how_to_go_on())
             loop.step()

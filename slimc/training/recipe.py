@@ -35,7 +35,8 @@ class Recipe:
     draws to the original network's outputs (softened by `temperature`). features: how much the last values of each
     channel group are drawn to the original's beside that. patience: epochs without a
     better validation metric after which fine-tuning ends, 0 for never. keep: "last" or "best" weights of fine-tuning
-    by validation. precision: "auto" is bfloat16 autocast where the processor computes in it.
+    by validation. gate_momentum: of a schedule's gates, if not `momentum`.
+    precision: "auto" is bfloat16 autocast where the processor computes in it.
     """
 
     rate: float | None = None
@@ -51,6 +52,7 @@ class Recipe:
     features: float = 0.0
     patience: int = 0
     keep: Literal["last", "best"] = "last"
+    gate_momentum: float | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
@@ -73,9 +75,14 @@ class Recipe:
 
 def build(recipe: Recipe, module: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
     """The optimiser of a recipe over the parameters that train."""
-    chosen, rate = parameter_groups(named, recipe.weight_decay), recipe.rate or default_rate(recipe, module)
+    named, rate = list(named), recipe.rate or default_rate(recipe, module)
     if _is_adam(recipe, module):
-        return torch.optim.AdamW(chosen, lr=rate)
+        return torch.optim.AdamW(parameter_groups(named, recipe.weight_decay), lr=rate)
+    apart = {name for name, _ in named if name.endswith(".phi") and recipe.gate_momentum is not None}
+    chosen = parameter_groups([(name, p) for name, p in named if name not in apart], recipe.weight_decay)
+    gates = [p for name, p in named if name in apart and p.requires_grad]
+    if gates:
+        chosen.append({"params": gates, "weight_decay": 0.0, "momentum": recipe.gate_momentum})
     return torch.optim.SGD(chosen, lr=rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 

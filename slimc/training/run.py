@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from slimc.samples import Samples, affordable, batch_of, collect, to_device
 
 from . import workers
 from .folder import RunFolder
+from .interrupts import Wish
 from .journal import Journal
 from .loop import Hooks, Loss, Metric, evaluate
 from .network import Alive, Network
@@ -88,7 +87,7 @@ class Run:
         self._phases: Iterator[Phase] | None = None
         self._random: dict[str, Any] | None = None
         self._inside = False
-        self.wish = threading.Event()
+        self.wish = Wish()
 
     # -- for callers ----------------------------------------------------------------------------------
 
@@ -206,9 +205,9 @@ class Run:
         self._journal.write(kind, value)
         return value
 
-    def gate(self) -> None:
-        """Put gates on."""
-        self.event("gate", self.network.gate)
+    def gate(self, *, identity: bool = False) -> None:
+        """Put gates on; identity: these start as 1 behind the norms."""
+        self.event("gate", partial(self.network.gate, identity=identity))
 
     def merge(self) -> None:
         """Multiply gates in and take them off."""
@@ -229,7 +228,7 @@ class Run:
             return
         alive = torch.from_numpy(choose() & self.network.alive)
         workers.same([alive])
-        with self.stages.stage("cut"), self._listening():
+        with self.stages.stage("cut"), self.wish.listening():
             self._apply(alive.numpy(), self.options.mend if mends else ())
         self._journal.write("cut", alive)
         self.log({"event": "cut", "flops": self.share, "widths": self.network.widths.tolist()})
@@ -293,7 +292,7 @@ class Run:
         if self._middle is not None:
             trainer.load(self._middle)
             self._middle = None
-        with self.stages.stage("train"), self._listening(), self._own_random_state():
+        with self.stages.stage("train"), self.wish.listening(), self._own_random_state():
             loss = trainer.run()
         self._steps += trainer.steps
         return loss
@@ -339,25 +338,6 @@ class Run:
         """Add a line to the run folder's log."""
         if self.folder is not None and workers.rank() == 0:
             self.folder.log({"seconds": round(time.monotonic() - self._began, 2), **line})
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """The first interrupt is a wish, heard after the next whole step; the second one interrupts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def note(number: int, frame: Any) -> None:
-            if self.wish.is_set():
-                raise KeyboardInterrupt
-            self.wish.set()
-
-        signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     # -- between phases -------------------------------------------------------------------------------
 
