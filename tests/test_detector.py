@@ -48,6 +48,19 @@ def test_the_smaller_detector_detects_with_its_own_post_processing(name: str) ->
     assert same == (name == "FasterRCNN")
 
 
+def test_a_saved_detector_is_loaded_into_a_fresh_one(tmp_path: Path) -> None:
+    slim = slimc.compress(
+        slimc.DenseDetector(detector("FasterRCNN")), torch.randn(2, 3, 64, 96), flops=0.5, recover="none"
+    )
+    slim.save(tmp_path / "slim")
+    other: Any = slimc.load(tmp_path / "slim", slimc.DenseDetector(detector("FasterRCNN")))
+    wanted: Any = slim.module
+    with torch.no_grad():
+        (found,), (boxes,) = other.detector.eval()(PICTURES), wanted.detector.eval()(PICTURES)
+    assert len(found["boxes"])
+    assert all(torch.equal(value, boxes[name]) for name, value in found.items())
+
+
 def test_a_detector_as_it_is_is_refused_with_what_to_do() -> None:
     with pytest.raises(CaptureError, match=r"RetinaNet .*slimc\.DenseDetector"):
         slimc.compress(detector("RetinaNet"), torch.randn(2, 3, 64, 96), flops=0.5)
