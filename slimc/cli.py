@@ -258,7 +258,7 @@ def demo(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List scorers and recovery steps, each with one line and its source."""
+    """List scorers, schedules and recovery steps, each with what it needs and its source."""
     with Console(False, as_json) as console:
         from .inspection import methods as known
 

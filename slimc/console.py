@@ -37,6 +37,7 @@ STAGES = {
 }
 
 _TRAINING = {"train", "cut"}
+_KINDS = {"scorer": "--scorer", "schedule": "--schedule", "recovery": "--recover"}
 
 
 class Console:
@@ -251,10 +252,13 @@ class Console:
 
     def methods(self, known: list[dict[str, str]]) -> None:
         """The list of methods."""
-        table = _table("kind", "name", "what it does", "needs", "source")
-        for row in known:
-            table.add_row(row["kind"], row["name"], row["summary"], row["needs"], row["source"])
-        self._out.print(table)
+        for kind, option in _KINDS.items():
+            table = _table(option, "")
+            for row in known:
+                if row["kind"] == kind:
+                    about = f"[dim]needs {row['needs']}; {escape(row['source'])}[/dim]"
+                    table.add_row(row["name"], f"{escape(row['summary'])}\n{about}")
+            self._out.print(table, "")
 
 
 def _clock(seconds: float) -> str:

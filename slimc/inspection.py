@@ -61,7 +61,7 @@ def prunable_params(analysis: Analysis) -> int:
 
 
 def methods() -> list[dict[str, str]]:
-    """Scorers and recovery steps with one line, the source and the needs of each: weights, inputs or labels."""
+    """Scorers, schedules and recovery steps with one line, the source and the needs of each: weights, inputs or labels."""
     found = [
         {
             "kind": "scorer",
