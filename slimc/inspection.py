@@ -61,7 +61,7 @@ def prunable_params(analysis: Analysis) -> int:
 
 
 def methods() -> list[dict[str, str]]:
-    """Scorers, schedules and recovery steps with one line, the source and the needs of each: weights, inputs or labels."""
+    """Scorers, schedules and recovery steps: a line, the source and the needs (weights, inputs, labels) of each."""
     found = [
         {
             "kind": "scorer",
