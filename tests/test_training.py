@@ -113,7 +113,7 @@ def test_a_norm_that_its_user_froze_in_eval_mode_keeps_its_statistics() -> None:
 
 def test_modes_are_restored_when_a_batch_is_refused() -> None:
     model = small_net().eval()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError, match=r"\[N, 5\]; the example input is float32 \[N, 4\]"):
         train(model, [(torch.ones(4, 5), torch.zeros(4, dtype=torch.int64))], epochs=1)
     assert not any(module.training for module in model.modules())
 
@@ -245,9 +245,11 @@ def test_a_loss_of_ones_own_is_used() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:
-    data = [(torch.full((4, 4), torch.inf), torch.zeros(4, dtype=torch.int64))]
+    labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(UsageError, match="batch 1 of the training data holds NaN or infinity in its sample 0"):
+        train(small_net(), [(torch.full((4, 4), torch.inf), labels)], epochs=1)
     with pytest.raises(UsageError, match="loss is nan at step 1"):
-        train(small_net(), data, epochs=1)
+        train(small_net(), [(torch.full((4, 4), 1e38), labels)], epochs=1)
 
 
 def test_every_epoch_is_reported() -> None:
