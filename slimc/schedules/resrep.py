@@ -32,7 +32,7 @@ _WAITS, _ENOUGH = 0.1, 0.5
 
 
 @schedule(
-    "resrep", "gates are masked, a few more at a time, drawn to zero where they are, and cut", "Ding et al., 2021"
+    "resrep", "gates are masked, a few more at a time, drawn to zero where they are, and cut", "Ding et al., ICCV 2021"
 )
 def resrep(run: Run, *, penalty: float = 1e-4, masks: int = 20, finetune: float = 0.3) -> Iterator[Phase]:
     """Train with gates behind every norm, mask the weakest in `masks` steps, cut them, fine-tune for that share.
