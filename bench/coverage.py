@@ -127,8 +127,8 @@ def render() -> None:
     note = (
         f"{len(done)} of {len(found)} models are captured, cut to half of their FLOPs with any width, proven (removal "
         "equals masking, float64), exported to ONNX and equal there within 1e-5. In the median model "
-        f"{statistics.median(shares):.1%} of the parameters can be removed. Weights are random. Nothing is fitted after "
-        "the cut (it was, in rows measured before 2026-11-23, 17 h). Detectors of "
+        f"{statistics.median(shares):.1%} of the parameters can be removed. Weights are random. Nothing is fitted "
+        "after the cut (it was, in rows measured before 2026-11-23, 17 h). Detectors of "
         "torchvision are compressed as backbone and heads, with post-processing left outside. *prunable*: parameters "
         "in tensors that can shrink. *class*: the result is the model's own class; else the graph as a module. *s*: "
         "processor seconds of all of it with one thread (of the clock where marked ~, with other work beside it). "
