@@ -124,9 +124,11 @@ def render() -> None:
     found = sorted(rows_of(RESULTS), key=lambda row: row["case"])
     done = [row for row in found if "error" not in row]
     shares = [row["prunable"] for row in found if "prunable" in row]
+    proven = sum(row.get("verified") is not None for row in found)
     note = (
         f"{len(done)} of {len(found)} models are captured, cut to half of their FLOPs with any width, proven (removal "
-        "equals masking, float64), exported to ONNX and equal there within 1e-5. In the median model "
+        "equals masking, float64), exported to ONNX and equal there within 1e-5; "
+        f"{proven} are proven. In the median model "
         f"{statistics.median(shares):.1%} of the parameters can be removed. Weights are random. Nothing is fitted "
         "after the cut (it was, in rows measured before 2026-11-23, 17 h). Detectors of "
         "torchvision are compressed as backbone and heads, with post-processing left outside. *prunable*: parameters "

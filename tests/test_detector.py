@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import detection
 
 import slimc
 from slimc.errors import CaptureError, UsageError
 from slimc.loading import load
 
-detection = pytest.importorskip("torchvision.models.detection")
 PICTURES = [torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import scoring
 import torch
+from scheduled import PLAIN
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -21,13 +23,10 @@ from slimc.training import lifts
 from slimc.training.gates import gates_of
 from slimc.training.loop import Loop
 from slimc.training.network import Alive, Network
-from slimc.training.recipe import Recipe
 from slimc.training.stream import Stream
 
 NETS = tuple(scoring.NETS)
-PLAIN = Recipe(
-    rate=0.05, optimiser="sgd", shape="constant", warmup=0.0, momentum=0.9, weight_decay=0.0, precision="float32"
-)
+REMEMBERING = dataclasses.replace(PLAIN, rate=0.05, momentum=0.9)
 
 
 class Literal(nn.Module):
@@ -71,7 +70,7 @@ def train(net: Network, steps: int = 3, **more: Any) -> Loop:
     """A few steps, with what the optimiser remembered before."""
     data = scoring.labelled()
     stream = Stream(data, net.analysis.captured.example, 0)
-    loop = Loop(net.module, stream, steps, PLAIN, memory=net.optimiser, **more)
+    loop = Loop(net.module, stream, steps, REMEMBERING, memory=net.optimiser, **more)
     for _ in range(steps):
         loop.step()
     loop.finish()
@@ -184,7 +183,7 @@ def test_the_optimisers_memory_follows_the_surviving_indices(gated: bool) -> Non
     named = dict(net.module.named_parameters())
     assert {name: value.shape for name, value in now.items()} == {name: named[name].shape for name in now}
     loop = Loop(
-        net.module, Stream(scoring.labelled(), analysis.captured.example, 0), 1, PLAIN, memory=net.optimiser
+        net.module, Stream(scoring.labelled(), analysis.captured.example, 0), 1, REMEMBERING, memory=net.optimiser
     )  # fmt: skip
     assert torch.equal(loop.optimiser.state[named["a.weight"]]["momentum_buffer"], now["a.weight"])
 
