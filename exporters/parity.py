@@ -124,16 +124,18 @@ def other_inputs(
     example: tuple[Tensor, ...],
     batched: Sequence[bool],
     *,
-    batches: Sequence[int] = (1, 3),
+    batches: Sequence[int | None] = (None, 1, 3),
     seed: int = 0,
 ) -> list[tuple[Tensor, ...]]:
-    """Return `example` and more input sets like it: other values, then each of `batches` where a batch axis is free.
+    """Return `example` and more input sets like it, with other values: one for each batch size in `batches`.
+
+    None is the example's own size, which alone is there without a free batch axis.
 
     Floats are drawn from the example's own values (normal noise where those are all equal), whole numbers from the
     example's range, so that indices stay valid. `batched` tells for each input whether axis 0 is a free batch axis.
     """
     generator = torch.Generator().manual_seed(seed)
-    sizes: list[int | None] = [None, *(batches if any(batched) else ())]
+    sizes = batches if any(batched) else (None,)
     varied = [
         tuple(_like(tensor, size if free else None, generator) for tensor, free in zip(example, batched, strict=True))
         for size in sizes

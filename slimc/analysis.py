@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import networkx
 
 _MACS_PER_NUMBER = 260
+_HUGE_MACS = 4e10
+"""Of a whole batch: minutes where a run in float64 is one of many, on a small machine."""
 
 Progress = Callable[[str, str], None]
 """Called with ("stage", name) when a stage starts and ("target", sentence) for what each target means,
@@ -120,6 +122,11 @@ class Analysis:
             math.prod(map(hint, v.shape)) for v in values if isinstance(v, Tensor) and v.is_floating_point()
         )
         return self.full.macs + _MACS_PER_NUMBER * written / self.captured.batch
+
+    @property
+    def is_huge(self) -> bool:
+        """Whether running the example takes so long that checks look at fewer inputs."""
+        return self.full.macs * self.captured.batch >= _HUGE_MACS
 
     @property
     def params(self) -> int:

@@ -19,6 +19,7 @@ from .choose import Chosen, How, check_select, choose
 from .describe import facts_of, report_of, results_of, versions, warnings_of
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
+from .graph.capture import Example
 from .graph.cost import Costs
 from .graph.resize import Cut
 from .plan import Plan, make, weights_sha256
@@ -28,7 +29,7 @@ from .rewrite import rewrite, shapes_agree
 from .samples import Samples, affordable, collect, made_up
 from .synthetic import synthetic
 from .trainable import trainable
-from .verify import random_inputs, verify
+from .verify import mixed_input, random_inputs, verify
 
 __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
 
@@ -255,15 +256,23 @@ def build(
         else:
             module = trainable(rewritten.module).train(analysis.modes[""])
     with stages.stage("verify"):
-        count = _INPUTS if analysis.full.macs * captured.batch < _LARGE_MACS else _INPUTS_OF_LARGE
         with evaluating(rewritten.module):
-            proof = verify(types, cut, rewritten, random_inputs(captured.example, count, seed=0))
+            proof = verify(types, cut, rewritten, _proof_inputs(analysis))
     plan = make(types, analysis.grouping, cut, **facts)
     plan = replace(plan, attributes=own.attributes if own.module else None, attributes_note=own.reason)
     before, after = analysis.full, _costs(analysis, cut)
     warnings = [*warnings, *warnings_of(analysis, own)]
     report = report_of(analysis, cut, targets, method, proof, stages, (before, after), warnings, name)
     return Compressed(module, rewritten, cut, analysis, plan, report, stages)
+
+
+def _proof_inputs(analysis: Analysis) -> list[Example]:
+    """The example and others like it, fewer for larger models; of the largest, a batch in which samples differ."""
+    captured = analysis.captured
+    if analysis.is_huge and captured.batch > 1:
+        return [mixed_input(captured.example, captured.batch, seed=0)]
+    is_large = analysis.full.macs * captured.batch >= _LARGE_MACS
+    return random_inputs(captured.example, _INPUTS_OF_LARGE if is_large else _INPUTS, seed=0)
 
 
 AUTO = ("reconstruct", "bn", "distill")

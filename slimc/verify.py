@@ -3,7 +3,8 @@
 The reference is the original graph, interpreted with every removed index set to zero in every value; where a
 normalisation takes statistics over indices that were removed, it takes them over the kept ones. The rewritten
 graph must give the same outputs. Both run in float64, where a wrong index differs by orders of magnitude more
-than rounding does.
+than rounding does. Weights are widened one by one, when they are first used, so that a proof needs little more
+memory than the largest of them and the values alive.
 
 A proof must be able to fail: the cut has to move the outputs by far more than the error. Where it does not
 (weights of zero, layer scales near zero), the check runs once more with all parameters redrawn; it concerns
@@ -32,6 +33,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _TELLING = 1e3
 """The cut must move the outputs by this many times the error for the proof to mean something."""
 _SMALLEST_MOVE = 1e-9
+_PLAIN_MOVE = 1e-3
+"""A move as large as this shows in float32 too, in which convolutions are several times as fast."""
+_LATER = object()
+"""Stands for a tensor of the model that no node has used yet."""
 
 Read = Callable[[str], Any]
 
@@ -78,6 +83,18 @@ def random_inputs(example: Example, count: int, seed: int) -> list[Example]:
     return made
 
 
+def mixed_input(example: Example, batch: int, seed: int) -> Example:
+    """The example's first sample, and others drawn like it in the places of the rest."""
+    drawn = random_inputs(example, 2, seed)[1].tensors()
+    places = iter(drawn)
+
+    def mix(tensor: Tensor) -> Tensor:
+        other = next(places)
+        return torch.cat([tensor[:1], other[1:]]) if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
+
+    return example.map(mix)
+
+
 def _like(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     if tensor.is_floating_point():
         spread = float(tensor.std()) if tensor.numel() > 1 else 1.0
@@ -105,9 +122,13 @@ class _Check:
         if self.cut.alive.all():
             return error, None
         leaves = pytree.tree_leaves((example.args, example.kwargs))
-        with torch.no_grad():
-            original = Plain(self.types.captured.module, read, self.dtype).results(leaves)
-        return error, _distance(slim, original)
+        moved = 0.0
+        for dtype in (torch.float32, self.dtype):
+            with torch.no_grad():
+                moved = _distance(slim, Plain(self.types.captured.module, read, dtype).results(leaves))
+            if moved >= _PLAIN_MOVE:
+                break
+        return error, moved
 
     def _compared(self, example: Example, read: Read) -> tuple[float, list[Tensor]]:
         leaves = pytree.tree_leaves((example.args, example.kwargs))
@@ -184,6 +205,19 @@ class Plain(Interpreter):
             return value.detach().to(self.dtype, copy=True) if value.is_floating_point() else value.detach().clone()
         return value
 
+    def run_node(self, n: Node) -> Any:
+        """Run a node, after those of the model's tensors that it is the first to use."""
+        if n.op == "get_attr":
+            return _LATER
+        for source in n.all_input_nodes:
+            if self.env[source] is _LATER:
+                self.env[source] = self.value(source)
+        return self.value(n)
+
+    def value(self, n: Node) -> Any:
+        """What a node gives, with everything that it uses at hand."""
+        return super().run_node(n)
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A tensor in the run's precision."""
         return self._cast(self.read(str(target)))
@@ -207,9 +241,9 @@ class Masked(Plain):
         self.types, self.cut, self.rewritten = types, cut, rewritten
         self._statistics = {node for node, axis in types.renormalising if not cut.whole(axis)}
 
-    def run_node(self, n: Node) -> Any:
+    def value(self, n: Node) -> Any:
         """Run a node as usual, or over kept indices, then zero what was removed."""
-        value = self._over_kept(n) if n in self._statistics else super().run_node(n)
+        value = self._over_kept(n) if n in self._statistics else super().value(n)
         axes = self.types.values.get(n)
         if isinstance(value, Tensor) and axes is not None:
             return self._zero(value, axes)
