@@ -58,7 +58,7 @@ class Absolute(Plain):
         gradients = dict(zip(self._taps, found, strict=True))
         return [_along(gradients.get((s.node, s.operand)), s) for s in self._sites if s.operand is not None]
 
-    def run_node(self, n: Node) -> Any:
+    def value(self, n: Node) -> Any:
         """Tap what readers read, then let the operator's stand-in run."""
         kept = {operand: self.env[operand] for operand in self._operands.get(n, ())}
         for operand, value in kept.items():
@@ -75,13 +75,13 @@ class Absolute(Plain):
 
     def _stand_in(self, n: Node) -> Any:
         if n.op != "call_function" or self._types.values.get(n) is None:
-            return super().run_node(n)
+            return super().value(n)
         name = operator_name(n)
         call = {key: self.env[v] if isinstance(v, Node) and v in self.env else v for key, v in arguments(n).items()}
         operands = [self.env[s] for s in n.all_input_nodes if isinstance(self.env.get(s), Tensor)]
         live = [value for value in operands if value.requires_grad]
         if not live:
-            return super().run_node(n)
+            return super().value(n)
         if name == "linear":
             return functional.linear(call["input"], call["weight"].abs())
         if name in CONVOLUTIONS:
@@ -115,7 +115,7 @@ class Absolute(Plain):
             return operands[0] + operands[1] if len(operands) > 1 else operands[0]
         if name != "add" and is_pointwise(n) and len(live) == 1:
             return live[0].expand(torch.broadcast_shapes(*(o.shape for o in operands)))  # type: ignore[no-untyped-call]
-        return super().run_node(n)
+        return super().value(n)
 
 
 def _scaled(call: dict[str, Any], factor: Tensor, axis: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import fnmatch
 import math
 import time
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import networkx
 
 _MACS_PER_NUMBER = 260
+_LONG_STAGE = 1.0
 _HUGE_MACS = 4e10
 """Of a whole batch: minutes where a run in float64 is one of many, on a small machine."""
 
@@ -52,7 +55,10 @@ class Stages:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+            if took > _LONG_STAGE:
+                _give_back()
 
     def detail(self, text: str) -> None:
         """Say what a stage is doing."""
@@ -195,6 +201,12 @@ def analyse(
             grouping = group(types)
             cost = Model(types, grouping)
     return Analysis(ours, modes, captured, types, grouping, cost)
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what tensors of many sizes leave behind, gigabytes of it."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -255,9 +255,8 @@ def build(
             module: nn.Module = _with_modes(own.module, analysis.modes)
         else:
             module = trainable(rewritten.module).train(analysis.modes[""])
-    with stages.stage("verify"):
-        with evaluating(rewritten.module):
-            proof = verify(types, cut, rewritten, _proof_inputs(analysis))
+    with stages.stage("verify"), evaluating(rewritten.module):
+        proof = verify(types, cut, rewritten, _proof_inputs(analysis))
     plan = make(types, analysis.grouping, cut, **facts)
     plan = replace(plan, attributes=own.attributes if own.module else None, attributes_note=own.reason)
     before, after = analysis.full, _costs(analysis, cut)

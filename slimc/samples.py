@@ -90,6 +90,12 @@ class Samples:
         """The inputs alone, batch by batch."""
         return (batch.example for batch in self.batches)
 
+    def pieces(self, most: int) -> Iterator[Example]:
+        """The inputs alone in batches of at most `most` samples, where batches may be split."""
+        if self.whole:
+            return self.examples()
+        return (batch[at : at + most].example for batch in self.batches for at in range(0, batch.count, most))
+
     def with_more(self, others: Samples) -> Samples:
         """Both sets together; what was made up is named in the source, and labels are those of the first set alone."""
         source = f"{self.count} samples of {self.source} and {others.count} {others.source}"

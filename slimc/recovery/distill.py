@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from slimc.graph.capture import Example
 from slimc.graph.infer import tensors_of
+from slimc.lockstep import trainable_at_once
 from slimc.recover import Task, step
 
 EPOCHS = 40
@@ -91,10 +92,8 @@ def _epochs(task: Task, samples: int) -> int:
 
 
 def _batches(task: Task) -> list[Example]:
-    """The samples in batches of training size, where the model takes any."""
-    if task.types.captured.dynamic_shapes is None:
-        return list(task.samples.examples())
-    return [batch[at : at + _BATCH].example for batch in task.samples.batches for at in range(0, batch.count, _BATCH)]
+    """The samples in batches of training size, or what memory allows, where the model takes any."""
+    return list(task.samples.pieces(min(_BATCH, trainable_at_once(task.original))))
 
 
 def _inner(task: Task) -> dict[Node, Node]:

@@ -93,8 +93,7 @@ def refit(task: Task, choose: Choose) -> Tally:
         _fit(task, reader, old, before, after, generator, choose, tally)
         task.tick(tally.fitted + tally.unchanged + tally.wide, total)
 
-    examples = list(task.samples.examples())
-    lockstep(task.original, task.slim, task.twins, examples, visit, lambda old: task.twins.get(old) in found)
+    lockstep(task.original, task.slim, task.twins, task.samples, visit, lambda old: task.twins.get(old) in found)
     return tally
 
 

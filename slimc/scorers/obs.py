@@ -30,7 +30,7 @@ from slimc.graph.capture import Example
 from slimc.graph.infer import attribute
 from slimc.graph.rule import operator_name
 from slimc.graph.terms import Terms
-from slimc.lockstep import Frontier, sweep
+from slimc.lockstep import Frontier, sweep, trainable_at_once
 from slimc.readers import Reader, readers
 from slimc.scores import Scores, Subject, scorer
 
@@ -75,13 +75,12 @@ def obs(subject: Subject) -> list[Scores]:
     parts: dict[int, list[Part]] = {}
 
     def visit(node: Node, frontier: Frontier) -> None:
-        if node in found:
-            second, matrix = _second_moments(found[node], frontier, generator)
-            matrix = matrix * _per_row(sensitivity[node], matrix).sqrt()
-            for number, part in _parts(subject, found[node], second, matrix):
-                parts.setdefault(number, []).append(part)
+        second, matrix = _second_moments(found[node], frontier, generator)
+        matrix = matrix * _per_row(sensitivity[node], matrix).sqrt()
+        for number, part in _parts(subject, found[node], second, matrix):
+            parts.setdefault(number, []).append(part)
 
-    sweep(module, list(subject.samples.examples()), visit)
+    sweep(module, subject.samples, visit, found.__contains__)
     for done, (number, own_parts) in enumerate(parts.items(), 1):
         group = subject.grouping.groups[number]
         total[group.variables] += eliminate(own_parts, group.width)
@@ -168,7 +167,7 @@ def _sensitivities(
     slopes_of = {node: torch.zeros(()) for node in read}
     gates_of = {place: np.zeros(len(subject.types.values[place[0]][place[1]])) for place in gated}
     seen = 0
-    for example in subject.samples.examples():
+    for example in subject.samples.pieces(trainable_at_once(subject.types.captured.module)):
         with torch.enable_grad():
             probing = _Probing(subject.types.captured.module, {*read, *(node for node, _ in gated)})
             outputs = [t for t in probing.results(example) if t.requires_grad]
