@@ -21,6 +21,8 @@ from slimc.graph.infer import attribute
 from slimc.graph.rule import arguments, operator_name
 from slimc.recover import Task, step
 
+_AT_ONCE = 8
+
 
 @dataclass
 class _Sums:
@@ -33,10 +35,11 @@ class _Sums:
     def add(self, x: Tensor) -> None:
         """Add one batch, x [N, C, ...]."""
         other = [axis for axis in range(x.dim()) if axis != 1]
-        wide = x.double()
         self.count += x.numel() // x.shape[1]
-        self.total += wide.sum(other)
-        self.squares += wide.square().sum(other)
+        for part in x.split(_AT_ONCE):  # float64 takes twice the memory
+            wide = part.double()
+            self.total += wide.sum(other)
+            self.squares += wide.square().sum(other)
 
 
 class _Measuring(Interpreter):
