@@ -210,3 +210,38 @@ def test_what_torchs_exporter_gets_wrong_is_put_right(model: nn.Module, shape: t
     (got,) = onnx_format.run(tmp_path / "m.onnx", (other,))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert expected.std() > 0.1
+
+
+class Frames(nn.Module):
+    """Two inputs that are one batch for a convolution, then two again, and correlated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 4, 3)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        left, right = self.features(torch.cat([first, second])).flatten(2).chunk(2)
+        return left.transpose(1, 2) @ right
+
+
+class Halves(nn.Module):
+    """The later half of a batch before the earlier one, which may be longer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2)
+        return torch.cat([second * 2, first])
+
+
+@pytest.mark.parametrize(("model", "inputs"), [(Frames(), 2), (Halves(), 1)], ids=str)
+def test_a_chunk_along_the_open_batch_holds_at_every_batch_size(model: nn.Module, inputs: int, tmp_path: Path) -> None:
+    shapes = ({0: Dim.AUTO},) * inputs  # torch cannot prove that one named batch always gives two pieces
+    exported = program(model, *(torch.randn(4, 3, 5, 5) for _ in range(inputs)), dynamic=shapes)
+    written = onnx_format.export(exported, tmp_path / "m.onnx")
+    assert written.batched == (True,) * inputs
+    assert not [node.op_type for node in onnx.load(written.path).graph.node if "Sequence" in node.op_type]
+    for batch in (2, 4, 5, 7):
+        case = tuple(torch.randn(batch, 3, 5, 5) for _ in range(inputs))
+        with torch.no_grad():
+            expected = model(*case)
+        torch.testing.assert_close(onnx_format.run(written.path, case), [expected], rtol=1e-5, atol=1e-6)
+        assert expected.std() > 0.1

@@ -25,6 +25,7 @@ from slimc.errors import OutputError, UsageError
 from slimc.exporters.artifact import whole_file
 from slimc.exporters.formats.attention import with_four_axes
 from slimc.exporters.formats.batchnorm import fold
+from slimc.exporters.formats.pieces import slice_pieces
 
 # A protobuf ends at 2 GB. Below this the weights travel in the same file, as people expect of a .onnx.
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -116,11 +117,13 @@ def run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def _translate(program: ExportedProgram, path: Path) -> torch.onnx.ONNXProgram:
     try:
         with _silence():
-            translated = torch.onnx.export(with_four_axes(program), dynamo=True, optimize=True, verbose=False)
+            translated = torch.onnx.export(with_four_axes(program), dynamo=True, optimize=False, verbose=False)
+            assert translated is not None
+            slice_pieces(translated.model.graph)
+            translated.optimize()
     except torch.onnx.OnnxExporterError as error:
         causes = [str(cause).strip().splitlines()[0] for cause in _causes(error) if str(cause).strip()]
         raise OutputError(f"{path}: torch cannot express the model in ONNX: {causes[-1]}") from error
-    assert translated is not None
     _register_loose(translated.model.graph)
     return translated
 
@@ -221,15 +224,18 @@ def _unused(name: str, used: set[str], current: str) -> str:
 
 
 def _rename_dimensions(graph: ir.Graph) -> None:
-    """Call the batch axis "batch" and other free axes by input and axis, where torch wrote s77."""
+    """Call the batch axis "batch" and other free axes by input and axis, where torch wrote s77.
+
+    Free first axes are one batch: torch tells them apart where it cannot prove that they are equal, as in a model
+    that joins two inputs along the batch and chunks them again.
+    """
     names: dict[str, str] = {}
-    for axis_first in (True, False):  # axis 0 of the inputs first: the first one found is the batch
+    for axis_first in (True, False):  # a symbol that is some input's first axis is the batch wherever else it stands
         for value in graph.inputs:
             for axis, dimension in enumerate(value.shape or ()):
                 if isinstance(dimension, int) or not dimension.value or (axis == 0) != axis_first:
                     continue
-                fresh = BATCH if axis == 0 and BATCH not in names.values() else f"{value.name}_axis{axis}"
-                names.setdefault(dimension.value, fresh)
+                names.setdefault(dimension.value, BATCH if axis == 0 else f"{value.name}_axis{axis}")
     for value in _values(graph):
         if value.shape is not None:
             value.shape = ir.Shape([_rename_dimension(dimension, names) for dimension in value.shape])
