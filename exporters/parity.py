@@ -1,4 +1,8 @@
-"""Does an exported file compute what the model it came from computes?"""
+"""Does an exported file compute what the model it came from computes?
+
+Two correct float32 programs differ by their rounding, which in deep networks can pass a fixed tolerance. So where an
+output does, the model is run in float64 as well, and the file must be about as near to that as the model itself is.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,18 @@ from torch.utils import _pytree as pytree
 from slimc.errors import ParityError, UsageError
 from slimc.exporters.formats import onnx as onnx_format
 
+ROUNDINGS = 2.0
+"""The file may be this many times as far from the model in float64 as the model's own outputs are."""
+LARGEST_ROUNDING = 1e-4
+"""Where the model's own outputs are further from float64 than this, rounding could hide a fault: refused."""
+
 
 @dataclass(frozen=True)
 class Parity:
     """The worst relative error over all outputs of all input sets.
 
+    `rounding` is the largest distance of the model's own outputs from float64 among those that differ from the file's
+    by more than `tolerance`; None where none does.
     `cases` counts input sets, `batches` lists the batch sizes among them in ascending order, and
     `outputs_vary` tells whether the reference's outputs changed with the inputs' values: if not, the check says little.
     """
@@ -28,6 +39,7 @@ class Parity:
     batches: tuple[int, ...]
     tolerance: float
     outputs_vary: bool
+    rounding: float | None = None
 
 
 def check_onnx(
@@ -35,11 +47,14 @@ def check_onnx(
     reference: Callable[..., object],
     inputs: Sequence[tuple[Tensor, ...]],
     tolerance: float = 1e-5,
+    exact: Callable[..., object] | None = None,
 ) -> Parity:
     """Compare the file, run by ONNX Runtime on the CPU, with `reference(*case)` for each input set.
 
     The error of an output is max|file - reference| / max|reference|. Raises ParityError, naming output, case
     and error, if one is above `tolerance` or is not a number; shapes and types must be equal, whole numbers exactly.
+    exact: `reference` in float64, run only on cases above `tolerance`: there the file's distance from it may be
+    ROUNDINGS times the reference's own.
     """
     session = onnx_format.open_session(path)
     names = tuple(value.name for value in session.get_outputs())
@@ -52,6 +67,7 @@ def check_onnx(
         batched=batched,
         tolerance=tolerance,
         label=str(path),
+        exact=exact,
     )
 
 
@@ -64,6 +80,7 @@ def check(
     batched: Sequence[bool],
     tolerance: float,
     label: str,
+    exact: Callable[..., object] | None = None,
 ) -> Parity:
     """Compare any runner with `reference`, as `check_onnx` does; `label` opens each message."""
     if not inputs:
@@ -72,20 +89,41 @@ def check(
     with torch.no_grad():
         expected = [_tensors(reference(*case)) for case in inputs]
     scales = [_common_scale(outputs) for outputs in zip(*expected, strict=True)]
-    worst = 0.0
+    worst, rounding = 0.0, None
     for case, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
         where = f"{label}: case {case + 1} of {len(inputs)} (inputs {_shapes(inputs[case])})"
         if not len(got) == len(wanted) == len(names):
             raise ParityError(f"{where}: the file has {len(got)} outputs, the model {len(wanted)}")
-        for name, one, other, scale in zip(names, got, wanted, scales, strict=True):
-            error = relative_error(one, other, scale, where=f"{where}: output {name!r}")
-            if not error <= tolerance:
-                raise ParityError(
-                    f"{where}: output {name!r} differs from the model's by {error:.1e} relative to its largest value; "
-                    f"at most {tolerance:.0e} is allowed. The file is not used; please report the model."
-                )
+        truth: list[Tensor] | None = None
+        for i, name in enumerate(names):
+            place = f"{where}: output {name!r}"
+            error = relative_error(got[i], wanted[i], scales[i], where=place)
             worst = max(worst, error)
-    return Parity(worst, len(inputs), _batches(inputs, batched), tolerance, _vary(expected))
+            if error <= tolerance:
+                continue
+            said = f"{place} differs from the model's by {error:.1e} relative to its largest value"
+            if exact is None or not wanted[i].dtype.is_floating_point:
+                raise ParityError(f"{said}; {_refused(tolerance)}")
+            if truth is None:
+                with torch.no_grad():
+                    truth = _tensors(exact(*inputs[case]))
+            rounding = max(rounding or 0.0, _rounding(got[i], wanted[i], truth[i], scales[i], tolerance, said))
+    return Parity(worst, len(inputs), _batches(inputs, batched), tolerance, _vary(expected), rounding)
+
+
+def _rounding(got: Tensor, wanted: Tensor, truth: Tensor, scale: float, tolerance: float, said: str) -> float:
+    """Return how far the model's own output is from the true one; ParityError where that cannot explain the file's."""
+    own, files = (relative_error(value.double(), truth.double(), scale, where=said) for value in (wanted, got))
+    if own > LARGEST_ROUNDING or not files <= max(tolerance, ROUNDINGS * own):
+        raise ParityError(
+            f"{said} and is {files:.1e} away from the model in float64, the model's own output {own:.1e}; "
+            f"{_refused(tolerance)}"
+        )
+    return own
+
+
+def _refused(tolerance: float) -> str:
+    return f"at most {tolerance:.0e} is allowed. The file is not used; please report the model."
 
 
 def relative_error(actual: Tensor, expected: Tensor, zero_scale: float = 0.0, *, where: str = "output") -> float:

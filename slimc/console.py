@@ -172,8 +172,9 @@ class Console:
             )
         if report.onnx is not None:
             self._out.print(
-                f"[green]✓[/green] ONNX Runtime agrees within {report.onnx.max_relative_error:.1e} "
-                f"(opset {report.onnx.opset}, {'any batch' if report.onnx.dynamic_batch else 'fixed batch'})"
+                f"[green]✓[/green] ONNX Runtime agrees within {report.onnx.agreement} "
+                f"(opset {report.onnx.opset}, {'any batch' if report.onnx.dynamic_batch else 'fixed batch'})",
+                soft_wrap=True,
             )
         for step in report.recovery or ():
             mark = "[green]✓[/green]" if step.kept else "[dim]–[/dim]"

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .recover import Task
 from .report import Calibration, Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
 from .rewrite import Rewritten
 from .samples import Samples, affordable, collect
+from .verify import Plain
 
 PURPOSE = {
     "model.onnx": "dense ONNX model for deployment",
@@ -151,7 +153,7 @@ class Compressed:
             path.unlink(missing_ok=True)
             Path(f"{path}.data").unlink(missing_ok=True)
             raise
-        file = OnnxFile(path.name, model.opset, model.dynamic_batch, parity.max_relative_error)
+        file = OnnxFile(path.name, model.opset, model.dynamic_batch, parity.max_relative_error, parity.rounding)
         self.report = replace(self.report, onnx=file)
         self.warn(f"a batch normalisation is left in the ONNX file: {reason}" for reason in model.unfolded)
         return file
@@ -161,18 +163,24 @@ class Compressed:
         leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-        def reference(*case: Tensor) -> Any:
-            filled = list(leaves)
+        def filled(case: tuple[Tensor, ...]) -> list[Any]:
+            given = list(leaves)
             for place, tensor in zip(places, case, strict=True):
-                filled[place] = tensor.to(leaves[place].device)
-            args, kwargs = pytree.tree_unflatten(filled, spec)
+                given[place] = tensor.to(leaves[place].device)
+            return given
+
+        def reference(*case: Tensor) -> Any:
+            args, kwargs = pytree.tree_unflatten(filled(case), spec)
             outputs = self.graph(*args, **kwargs)
             return pytree.tree_map_only(Tensor, lambda t: t.cpu(), outputs)
+
+        def exact(*case: Tensor) -> Any:
+            return Plain(self.graph, partial(attribute, self.graph), torch.float64).results(filled(case))
 
         tensors = tuple(leaves[i].cpu() for i in places)
         with evaluating(self.graph):
             batches = (1,) if self.analysis.is_huge else (None, 1, 3)
-            parity = check_onnx(path, reference, other_inputs(tensors, batched, batches=batches))
+            parity = check_onnx(path, reference, other_inputs(tensors, batched, batches=batches), exact=exact)
         if not parity.outputs_vary:
             self.warn(["the outputs do not depend on the inputs' values, so that ONNX parity says little"])
         return parity

@@ -40,7 +40,7 @@ def pictures() -> Tensor:
 
 
 def samples(whole: bool = False) -> Samples:
-    return Samples(tuple(Batch(Example((part,), {})) for part in pictures().split(20)), "noise", whole)
+    return Samples(tuple(Batch(Example((part,), {})) for part in torch.split(pictures(), 20)), "noise", whole)
 
 
 @pytest.fixture(scope="module")

@@ -220,8 +220,8 @@ class Frames(nn.Module):
         self.features = nn.Conv2d(3, 4, 3)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        left, right = self.features(torch.cat([first, second])).flatten(2).chunk(2)
-        return left.transpose(1, 2) @ right
+        left, right = torch.chunk(self.features(torch.cat([first, second])).flatten(2), 2)
+        return torch.matmul(left.transpose(1, 2), right)
 
 
 class Halves(nn.Module):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,58 @@ def test_drawing_inputs_leaves_the_random_state_alone() -> None:
 
 def test_the_module_compares_without_numpys_tolerances() -> None:
     assert "allclose(" not in Path(parity.__file__).read_text()
+
+
+def rounded_at(offset: float) -> Callable[[Tensor], Tensor]:
+    """The identity, but for the digits that are lost next to `offset`."""
+    return lambda x: (x + offset) - offset
+
+
+def judged(run: Callable[[Tensor], Tensor], offset: float) -> parity.Parity:
+    x = torch.linspace(-3, 3, 1001)
+    return check(
+        lambda case: [run(*case)],
+        rounded_at(offset),
+        [(x,)],
+        names=("y",),
+        batched=(False,),
+        tolerance=1e-5,
+        label="m.onnx",
+        exact=lambda x: x.double(),
+    )
+
+
+def test_two_roundings_of_one_result_agree_if_the_file_is_as_near_to_float64_as_the_model() -> None:
+    found = judged(rounded_at(1500.0), offset=3000.0)
+    assert found.max_relative_error > 1e-5
+    assert found.rounding is not None
+    # Values near 3000 are 2**-12 apart, so that up to half of this is lost; the largest output is 3.
+    assert found.rounding == pytest.approx(2**-13 / 3, rel=0.1)
+
+
+def test_nothing_is_said_of_rounding_where_the_tolerance_holds() -> None:
+    assert judged(rounded_at(30.0), offset=30.0).rounding is None
+
+
+def test_a_fault_larger_than_the_models_own_rounding_is_refused() -> None:
+    with pytest.raises(ParityError, match=r"output 'y' differs .* is 1\.\de-04 away from the model in float64, the"):
+        judged(lambda x: rounded_at(1500.0)(x) * 1.0001, offset=3000.0)
+
+
+def test_rounding_that_could_hide_a_fault_explains_nothing() -> None:
+    with pytest.raises(ParityError, match="in float64, the model's own output 3"):
+        judged(rounded_at(15000.0), offset=30000.0)
+
+
+def test_an_error_without_a_float64_reference_is_refused() -> None:
+    x = torch.linspace(-3, 3, 1001)
+    with pytest.raises(ParityError, match="at most 1e-05 is allowed"):
+        check(
+            lambda case: [rounded_at(1500.0)(*case)],
+            rounded_at(3000.0),
+            [(x,)],
+            names=("y",),
+            batched=(False,),
+            tolerance=1e-5,
+            label="m.onnx",
+        )

@@ -194,7 +194,7 @@ def test_the_file_has_the_documented_form() -> None:
         "module": "mix.0",
         "reason": "no rule for this operator",
     }
-    assert data["onnx"].keys() == {"path", "opset", "dynamic_batch", "max_relative_error"}
+    assert data["onnx"].keys() == {"path", "opset", "dynamic_batch", "max_relative_error", "rounding"}
     assert data["latency"][0]["ci95"] == [1.79, 1.88]
     assert data["accuracy"].keys() == {"metric", "before", "pruned", "after", "data"}
     assert data["groups"][0]["members"] == [["layer0.conv1.weight", 0], ["layer0.bn1.weight", 0]]

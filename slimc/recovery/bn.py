@@ -36,7 +36,7 @@ class _Sums:
         """Add one batch, x [N, C, ...]."""
         other = [axis for axis in range(x.dim()) if axis != 1]
         self.count += x.numel() // x.shape[1]
-        for part in x.split(_AT_ONCE):  # float64 takes twice the memory
+        for part in torch.split(x, _AT_ONCE):  # float64 takes twice the memory
             wide = part.double()
             self.total += wide.sum(other)
             self.squares += wide.square().sum(other)

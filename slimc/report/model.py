@@ -79,12 +79,22 @@ class FrozenOperator:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """The exported ONNX file and how far it is from the model that it came from."""
+    """The exported ONNX file and how far it is from the model that it came from.
+
+    `rounding`: how far the model's own float32 outputs are from float64, where the file was judged by that.
+    """
 
     path: str
     opset: int
     dynamic_batch: bool
     max_relative_error: float
+    rounding: float | None = None
+
+    @property
+    def agreement(self) -> str:
+        """The error, and the rounding that explains it."""
+        noise = "" if self.rounding is None else f", where the model's own float32 is {self.rounding:.1e} from float64"
+        return f"{self.max_relative_error:.1e}{noise}"
 
 
 @dataclass(frozen=True)
