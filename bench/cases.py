@@ -154,8 +154,11 @@ def _timm(name: str) -> tuple[nn.Module, Any]:
 
     *_, side = _timm_size(name)
     # Pictures of 1024 x 1024 (SAM) take minutes for each run of the plain model, and show nothing more.
-    smaller: dict[str, Any] = {"img_size": _SMALL_SIDE} if side > _HUGE_SIDE else {}
-    model: Any = timm.create_model(name, pretrained=False, **smaller)
+    smaller = side > _HUGE_SIDE
+    try:
+        model: Any = timm.create_model(name, pretrained=False, **({"img_size": _SMALL_SIDE} if smaller else {}))
+    except TypeError:  # it takes pictures of any size
+        model = timm.create_model(name, pretrained=False)
     size = model.default_cfg.get("input_size", (3, 224, 224))
     if smaller:
         size = (3, _SMALL_SIDE, _SMALL_SIDE)

@@ -14,71 +14,67 @@ from bench.peers import SlimcSeconds
 DEPTHS = (16, 32, 64, 96)
 QUICK = (16, 32)
 """Depths at which Torch-Pruning answers within seconds."""
+GROWTHS = (8, 32)
 _STAGES = ("capture", "infer", "score", "plan", "slice", "cut")
 
 
-def chain(depth: int) -> tuple[torch.nn.Module, torch.Tensor]:
+def chain(depth: int, growth: int) -> tuple[torch.nn.Module, torch.Tensor]:
     """A chain and its 4x4 input."""
     torch.manual_seed(0)
-    return networks.ConcatChain(depth).eval(), torch.randn(1, 3, 4, 4)
+    return networks.ConcatChain(depth, growth).eval(), torch.randn(1, 3, 4, 4)
 
 
-def measure(depths: tuple[int, ...], rounds: int) -> dict[int, list[SlimcSeconds]]:
+def measure(depths: tuple[int, ...], growth: int, rounds: int) -> dict[int, list[SlimcSeconds]]:
     """Time slimc at every depth in turn; a first round at the smallest depth warms up."""
-    peers.slimc_seconds(*chain(depths[0]))
+    peers.slimc_seconds(*chain(depths[0], growth))
     found: dict[int, list[SlimcSeconds]] = {depth: [] for depth in depths}
     for _ in range(rounds):
         for depth in depths:
-            found[depth].append(peers.slimc_seconds(*chain(depth)))
-            print(f"{depth} layers: slimc {found[depth][-1].cut:.3f} s", flush=True)
+            found[depth].append(peers.slimc_seconds(*chain(depth, growth)))
+            print(f"{depth} layers, growth {growth}: slimc {found[depth][-1].cut:.3f} s", flush=True)
     return found
 
 
-def measure_peer(depths: tuple[int, ...], rounds: int) -> dict[int, list[float]]:
-    """Time Torch-Pruning at these depths; once where it takes more than ten seconds."""
-    peers.peer_seconds(*chain(depths[0]), "head")
-    found: dict[int, list[float]] = {depth: [] for depth in depths}
+def measure_peer(depths: tuple[int, ...], growth: int, rounds: int) -> dict[int, float]:
+    """Time Torch-Pruning at these depths, as a median; once where it takes more than ten seconds."""
+    peers.peer_seconds(*chain(depths[0], growth), "head")
+    found: dict[int, float] = {}
     for depth in depths:
-        while len(found[depth]) < rounds and sum(found[depth]) < 10:
-            found[depth].append(peers.peer_seconds(*chain(depth), "head").cut)
-            print(f"{depth} layers: peer {found[depth][-1]:.3f} s", flush=True)
+        runs: list[float] = []
+        while len(runs) < rounds and sum(runs) < 10:
+            runs.append(peers.peer_seconds(*chain(depth, growth), "head").cut)
+            print(f"{depth} layers, growth {growth}: peer {runs[-1]:.3f} s", flush=True)
+        found[depth] = statistics.median(runs)
     return found
 
 
-def render(found: dict[int, list[SlimcSeconds]], peer: dict[int, list[float]], path: Path) -> None:
-    """Draw the table, with the exponent of each column below it."""
+def compare(growth: int, found: dict[int, list[SlimcSeconds]], peer: dict[int, float]) -> str:
+    """The table of one growth, with the exponent of each column below it."""
     seconds = {
         name: {depth: statistics.median(getattr(run, name) for run in runs) for depth, runs in found.items()}
         for name in _STAGES
     }
-    others = {depth: statistics.median(runs) for depth, runs in peer.items()}
     rows = [
         [
             str(depth),
-            str(sum(p.numel() for p in chain(depth)[0].parameters())),
+            f"{sum(p.numel() for p in chain(depth, growth)[0].parameters()):,}",
             *[f"{seconds[name][depth]:.3f}" for name in _STAGES],
-            f"{others[depth]:.2f}" if depth in others else "",
-            f"{others[depth] / seconds['cut'][depth]:.0f}" if depth in others else "",
+            f"{peer[depth]:.2f}" if depth in peer else "",
+            f"{peer[depth] / seconds['cut'][depth]:.0f}" if depth in peer else "",
         ]
         for depth in found
     ]
     exponents = [f"{page.exponent(list(by), list(by.values())):.2f}" for by in seconds.values()]
-    last = f"{page.exponent(list(others), list(others.values())):.2f}" if len(others) > 1 else ""
+    last = f"{page.exponent(list(peer), list(peer.values())):.2f}" if len(peer) > 1 else ""
     rows.append(["exponent", "", *exponents, last, ""])
-    header = ("layers", "parameters", *(f"{name} s" for name in _STAGES), "peer s", "peer / cut")
-    legend = (
-        f"Medians of {min(map(len, found.values()))} runs; Torch-Pruning runs once where it takes over ten seconds. "
-        "Growth 32, 4x4 input, half of the FLOPs. *cut* is the sum of infer, score, plan and slice. *exponent*: slope "
-        "of log time over log depth; 1 is linear. Each layer reads all earlier ones: parameters grow with the square "
-        "of the depth, and what reads or copies them has a quadratic part. *peer*: Torch-Pruning, graph and one step."
-    )
-    page.write(path, "Growth with depth", [page.header(torch.get_num_threads()), legend, page.table(header, rows)])
+    return page.table(("layers", "parameters", *(f"{name} s" for name in _STAGES), "peer s", "peer / cut"), rows)
 
 
 def main() -> None:
     """Measure and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS))
+    parser.add_argument("--growths", nargs="+", type=int, default=list(GROWTHS), help="channels that a layer adds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer-all", action="store_true", help="Torch-Pruning at every depth: minutes")
@@ -86,9 +82,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     depths = tuple(options.depths)
-    found = measure(depths, options.rounds)
-    peer = measure_peer(tuple(d for d in depths if options.peer_all or d in QUICK) or depths[:1], options.rounds)
-    render(found, peer, options.out)
+    parts = [
+        f"Medians of {options.rounds} runs; Torch-Pruning runs once where it takes over ten seconds. 4x4 input, half "
+        "of the FLOPs. *cut* is the sum of infer, score, plan and slice. *exponent*: slope of log time over log depth; "
+        "1 is linear. *peer*: Torch-Pruning, graph and one step. Each layer reads all earlier ones, so parameters grow "
+        "with the square of the depth: where there are many, scoring reads and slicing copies tens of millions of "
+        "weights, and no program that looks at each once can be linear in depth there."
+    ]
+    for growth in options.growths:
+        found = measure(depths, growth, options.rounds)
+        peer = measure_peer(
+            tuple(d for d in depths if options.peer_all or d in QUICK) or depths[:1], growth, options.rounds
+        )
+        parts += [f"Growth {growth}:", compare(growth, found, peer)]
+    page.write(options.out, "Growth with depth", [page.header(torch.get_num_threads()), *parts])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ _TELLING = 1e3
 _SMALLEST_MOVE = 1e-9
 _PLAIN_MOVE = 1e-3
 """A move as large as this shows in float32 too, in which convolutions are several times as fast."""
+_VIDEO = 5
+"""Axes of a batch of videos."""
 _LATER = object()
 """Stands for a tensor of the model that no node has used yet."""
 
@@ -227,6 +229,10 @@ class Plain(Interpreter):
         if "_assert_tensor_metadata" in str(target):
             return None
         args, kwargs = pytree.tree_map_only(torch.dtype, self._widen, (tuple(args), dict(kwargs)))
+        if "conv3d" in str(target) and args[0].dim() == _VIDEO:
+            # In float64 torch unrolls the patches of all videos at once, many times what the network itself holds.
+            videos = torch.split(args[0], 1)
+            return torch.cat([super(Plain, self).call_function(target, (video, *args[1:]), kwargs) for video in videos])
         return super().call_function(target, args, kwargs)
 
     def _widen(self, dtype: torch.dtype) -> torch.dtype:

@@ -222,3 +222,23 @@ def test_an_error_without_a_float64_reference_is_refused() -> None:
             tolerance=1e-5,
             label="m.onnx",
         )
+
+
+def test_rounding_that_cancels_out_in_one_case_is_judged_by_the_others() -> None:
+    # Both cases end in the same outputs, one of them free of the model's rounding.
+    x = torch.linspace(-3, 3, 1001)
+
+    def model(x: Tensor, offset: Tensor) -> Tensor:
+        return (x + offset) - offset
+
+    found = check(
+        lambda case: [model(case[0], torch.tensor(1500.0))],
+        model,
+        [(x, torch.tensor(0.0)), (x, torch.tensor(3000.0))],
+        names=("y",),
+        batched=(False, False),
+        tolerance=1e-5,
+        label="m.onnx",
+        exact=lambda x, _: x.double(),
+    )
+    assert found.rounding == pytest.approx(2**-13 / 3, rel=0.1)

@@ -97,6 +97,7 @@ def open_session(path: Path) -> Any:
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # it grows in powers of two and keeps what every batch size took
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
