@@ -7,7 +7,7 @@ output does, the model is run in float64 as well, and the file must be about as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from slimc.errors import ParityError, UsageError
 from slimc.exporters.formats import onnx as onnx_format
 
+_AT_ONCE = 1 << 20
 ROUNDINGS = 2.0
 """The file may be this many times as far from the model in float64 as the model's own outputs are."""
 LARGEST_ROUNDING = 1e-4
@@ -169,21 +170,27 @@ def relative_error(actual: Tensor, expected: Tensor, zero_scale: float = 0.0, *,
         return 0.0
     if not expected.dtype.is_floating_point:
         return 0.0 if torch.equal(actual, expected) else math.inf
-    actual, expected = actual.double(), expected.double()
-    if expected.isnan().any():
-        raise ParityError(f"{where} of the model itself is not a number (NaN), so nothing can be compared")
-    if actual.isnan().any():
-        raise ParityError(f"{where} is not a number (NaN); the model gives numbers")
-    finite = expected.isfinite()
-    if not torch.equal(actual[~finite], expected[~finite]) or not actual[finite].isfinite().all():
-        raise ParityError(f"{where} is infinite in other places than the model's")
-    if not finite.any():
-        return 0.0
-    difference = (actual[finite] - expected[finite]).abs().max().item()
-    scale = expected[finite].abs().max().item() or zero_scale
+    difference = scale = 0.0
+    for one, other in zip(_pieces(actual), _pieces(expected), strict=True):
+        if other.isnan().any():
+            raise ParityError(f"{where} of the model itself is not a number (NaN), so nothing can be compared")
+        if one.isnan().any():
+            raise ParityError(f"{where} is not a number (NaN); the model gives numbers")
+        finite = other.isfinite()
+        if not torch.equal(one[~finite], other[~finite]) or not one[finite].isfinite().all():
+            raise ParityError(f"{where} is infinite in other places than the model's")
+        if finite.any():
+            difference = max(difference, (one[finite] - other[finite]).abs().max().item())
+            scale = max(scale, other[finite].abs().max().item())
     if difference == 0.0:
         return 0.0
+    scale = scale or zero_scale
     return difference / scale if scale else math.inf
+
+
+def _pieces(values: Tensor) -> Iterator[Tensor]:
+    """Some values at a time, in float64: outputs can be a network's largest tensors."""
+    return (piece.double() for piece in torch.split(values.flatten(), _AT_ONCE))
 
 
 def other_inputs(
@@ -234,8 +241,10 @@ def _common_scale(outputs: Iterable[Tensor]) -> float:
     """Return the largest finite magnitude of one output over all cases."""
     scale = 0.0
     for output in outputs:
-        if output.dtype.is_floating_point and output.isfinite().any():
-            scale = max(scale, output[output.isfinite()].double().abs().max().item())
+        if output.dtype.is_floating_point:
+            for piece in _pieces(output):
+                finite = piece[piece.isfinite()]
+                scale = max(scale, finite.abs().max().item() if len(finite) else 0.0)
     return scale
 
 

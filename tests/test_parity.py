@@ -242,3 +242,13 @@ def test_rounding_that_cancels_out_in_one_case_is_judged_by_the_others() -> None
         exact=lambda x, _: x.double(),
     )
     assert found.rounding == pytest.approx(2**-13 / 3, rel=0.1)
+
+
+def test_large_outputs_are_compared_to_their_last_number() -> None:
+    expected = torch.ones(2, 1_500_000)
+    actual = expected.clone()
+    actual[1, -1] = 1.5
+    assert relative_error(actual, expected) == 0.5
+    actual[1, -1] = math.nan
+    with pytest.raises(ParityError, match="not a number"):
+        relative_error(actual, expected)
