@@ -27,6 +27,7 @@ from slimc.exporters.artifact import whole_file
 from slimc.exporters.formats.attention import with_four_axes
 from slimc.exporters.formats.batchnorm import fold
 from slimc.exporters.formats.pieces import slice_pieces
+from slimc.exporters.formats.streamed import save
 
 # A protobuf ends at 2 GB. Below this the weights travel in the same file, as people expect of a .onnx.
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -68,7 +69,11 @@ def export(program: ExportedProgram, path: Path, *, external_data_bytes: int = E
     _remove_traces(model)
     external = sum(value.const_value.nbytes for value in _initializers(model.graph)) > external_data_bytes
     with whole_file(path) as temporary:
-        translated.save(str(temporary), external_data=external)
+        if external:
+            translated.save(str(temporary), external_data=True)
+        else:
+            with _silence():  # it says of each weight that its numbers are missing
+                save(model, temporary)
         _check(temporary, path)
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
     batched = tuple(_is_batched(value) for value in model.graph.inputs)
