@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import slimc
+from bench import peer_cut
 from bench.fashion import NETWORKS, Fashion, accuracy, fit, trained
 from bench.page import RESULTS, header
 from slimc import scores
@@ -45,15 +46,24 @@ def measure(
         "samples": samples or None,
         "seed": seed,
     }
-    same = "obs" if scorer == "auto" else scorer  # what auto is wherever something is recovered
-    plain = slimc.compress(model, data.images[:2], scorer=same, **{**options, "recover": "none"})
-    cut = accuracy(plain.module.eval(), data)
-    result = plain
+
+    def make(scorer: str, recover: str) -> slimc.Compressed:
+        if not peer:
+            return slimc.compress(model, data.images[:2], scorer=scorer, recover=recover, **options)
+        return slimc.apply(model, plan, data.images[:2], recover=recover, data=batches, samples=samples or None)
+
+    peer = scorer.startswith("tp:")
+    if peer:
+        labelled = calibration(data, 512, seed) or []
+        plan = peer_cut.chosen(model, data.images[:2], budget, scorer.removeprefix("tp:"), labelled)
+    # What auto is wherever something is recovered; the peer's choice needs no name.
+    result = make("obs" if scorer == "auto" else scorer, "none")
+    cut = accuracy(result.module.eval(), data)
     recovered = None
     if recover != "none":
-        result = slimc.compress(model, data.images[:2], scorer=scorer, recover=recover, **options)
+        result = make(scorer, recover)
         recovered = accuracy(result.module.eval(), data)
-    module, got = result.module, result.report.targets["flops"].got
+    module, got = result.module, slimc.inspect(result.module, data.images[:2]).macs / result.analysis.full.macs
     seconds = time.perf_counter() - started
     tuned = None
     if finetune:
@@ -79,7 +89,9 @@ def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description="accuracy after cutting and recovering, on Fashion-MNIST")
     parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg11_bn"], choices=NETWORKS)
-    parser.add_argument("--scorers", nargs="+", default=["auto"], help="names of `slimc methods`, auto, or all")
+    parser.add_argument(
+        "--scorers", nargs="+", default=["auto"], help="of `slimc methods`, auto, all, tp:magnitude, tp:taylor"
+    )
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.3])
     parser.add_argument("--samples", nargs="+", type=int, default=[512], help="0 for no data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -156,7 +156,8 @@ def _timm(name: str) -> tuple[nn.Module, Any]:
     # Pictures of 1024 x 1024 (SAM) take minutes for each run of the plain model, and show nothing more.
     smaller = side > _HUGE_SIDE
     try:
-        model: Any = timm.create_model(name, pretrained=False, **({"img_size": _SMALL_SIDE} if smaller else {}))
+        settings: dict[str, Any] = {"img_size": _SMALL_SIDE} if smaller else {}
+        model: Any = timm.create_model(name, pretrained=False, **settings)
     except TypeError:  # it takes pictures of any size
         model = timm.create_model(name, pretrained=False)
     size = model.default_cfg.get("input_size", (3, 224, 224))

@@ -1,4 +1,4 @@
-"""The two networks of the accuracy benchmark and how they are trained on Fashion-MNIST.
+"""The networks of the accuracy and training benchmarks and how they are trained on Fashion-MNIST.
 
     python -m bench.fashion resnet20 vgg11_bn --seeds 0 1 2
 
@@ -21,7 +21,7 @@ from slimc.datasets import fashion_mnist
 from slimc.demo import ResidualBlock
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-EPOCHS = {"resnet20": 10, "resnet56": 10, "vgg11_bn": 5, "vit": 8}
+EPOCHS = {"resnet20": 10, "resnet56": 10, "vgg11_bn": 5, "vgg16_bn": 4, "vit": 8}
 VALIDATION = 10_000
 BATCH = 128
 
@@ -51,17 +51,27 @@ def resnet56() -> nn.Module:
     return resnet(9)
 
 
-def vgg11_bn() -> nn.Module:
-    """VGG-11 with batch norm (Simonyan and Zisserman 2015, column A) without its last pool and hidden linear layers."""
+def vgg(*column: int | None) -> nn.Module:
+    """VGG with batch norm (Simonyan and Zisserman 2015) without its last pool and hidden linears; None: a pool."""
     layers: list[nn.Module] = []
     inputs = 1
-    for width in (64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512):
+    for width in column:
         if width is None:
             layers.append(nn.MaxPool2d(2))
             continue
         layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def vgg11_bn() -> nn.Module:
+    """Column A."""
+    return vgg(64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512)
+
+
+def vgg16_bn() -> nn.Module:
+    """Column D."""
+    return vgg(64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
 
 
 def vit() -> nn.Module:
@@ -74,7 +84,7 @@ def vit() -> nn.Module:
     return model
 
 
-NETWORKS = {"resnet20": resnet20, "resnet56": resnet56, "vgg11_bn": vgg11_bn, "vit": vit}
+NETWORKS = {"resnet20": resnet20, "resnet56": resnet56, "vgg11_bn": vgg11_bn, "vgg16_bn": vgg16_bn, "vit": vit}
 
 
 class Fashion:

@@ -17,7 +17,6 @@ import itertools
 import json
 import statistics
 import time
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch import nn
 import slimc
 from bench.fashion import EPOCHS, NETWORKS, Fashion, trained
 from bench.page import RESULTS, header
+from bench.peer_cut import macs, pruner_of, shrink
 from slimc.graph.capture import Example
 from slimc.samples import batch_of
 from slimc.training.feeds import Arrays
@@ -46,7 +46,6 @@ RECIPE = Recipe(rate=0.05)
 PUBLISHED = {"tick-tock": {"lift": "sum"}}
 """Settings that make a schedule what was published, beside fitting nothing after cuts."""
 _STEPS = 10
-_PIECES = 400
 
 
 class Data:
@@ -93,25 +92,13 @@ def measure(network: str, seed: int, budget: float, method: str, epochs: float, 
 
 def peer(model: nn.Module, method: str, budget: float, epochs: float, seed: int, data: Data) -> nn.Module:
     """Torch-Pruning's global pruner, in small steps until the MACs are there, trained with our loop and recipe."""
-    import torch_pruning
-
     ours = copy.deepcopy(model)
-    options: dict[str, Any] = {
-        "importance": torch_pruning.importance.GroupMagnitudeImportance(p=2), "global_pruning": True,
-        "pruning_ratio": 1.0, "iterative_steps": _PIECES, "ignored_layers": [ours[-1]],  # type: ignore[index]
-    }  # fmt: skip
-    sparse = method == "group-sparsity"
-    make = torch_pruning.pruner.GroupNormPruner if sparse else torch_pruning.pruner.MagnitudePruner
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if sparse:
-            options |= {"reg": 5e-4, "alpha": 4}
-        pruner = make(ours, data.example, **options)
-    whole = _macs(ours, data)
+    more: dict[str, Any] = {"kind": method, "reg": 5e-4, "alpha": 4} if method == "group-sparsity" else {}
+    pruner = pruner_of(ours, data.example, **more)
+    whole = macs(ours, data.example)
 
     def cut(share: float) -> None:
-        while _macs(ours, data) > share * whole:
-            pruner.step()
+        shrink(pruner, ours, data.example, share * whole)
 
     with kept_random_state():
         stream = Stream(data.train, Example.of(data.example), seed)
@@ -131,16 +118,6 @@ def peer(model: nn.Module, method: str, budget: float, epochs: float, seed: int,
             cut(budget)
             _train(ours, stream, epochs / 2, RECIPE)
     return ours
-
-
-def _macs(module: nn.Module, data: Data) -> float:
-    import torch_pruning
-
-    training = module.training
-    module.eval()
-    found = float(torch_pruning.utils.count_ops_and_params(module, data.example[:1])[0])
-    module.train(training)
-    return found
 
 
 def _train(module: nn.Module, stream: Stream, epochs: float, recipe: Recipe, hooks: Hooks | None = None) -> None:

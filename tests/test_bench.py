@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import slimc
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +65,27 @@ def test_speed_pairs_both_tools_on_one_model(tmp_path: Path) -> None:
     done = bench("speed", "--models", "squeezenet1_0", "--rounds", "1", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "| squeezenet1_0 |" in out.read_text()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor"])
+def test_the_peers_choice_as_a_plan_is_the_peers_own_network(method: str) -> None:
+    peer = pytest.importorskip("torch_pruning")
+    from bench import peer_cut
+
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = []
+    for inputs, outputs in ((1, 16), (16, 24), (24, 24)):
+        layers += [torch.nn.Conv2d(inputs, outputs, 3, bias=False), torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
+    head = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(24, 10))
+    model = torch.nn.Sequential(*layers, *head).eval()
+    pictures, labels = torch.randn(4, 1, 14, 14), torch.tensor([1, 2, 3, 4])
+    plan = peer_cut.chosen(model, pictures, 0.5, method, [(pictures, labels)])
+    theirs = copy.deepcopy(model)
+    taylor = method == "taylor"
+    pruner = peer_cut.pruner_of(theirs, pictures, peer.importance.GroupTaylorImportance() if taylor else None)
+    if taylor:
+        torch.nn.functional.cross_entropy(theirs(pictures), labels).backward()  # type: ignore[no-untyped-call]
+    peer_cut.shrink(pruner, theirs, pictures, 0.5 * peer_cut.macs(theirs, pictures))
+    ours = slimc.apply(model, plan, pictures)
+    assert (ours.module(pictures) - theirs(pictures)).abs().max() < 1e-5
+    assert 0.3 < slimc.inspect(ours.module, pictures).macs / ours.analysis.full.macs <= 0.5
