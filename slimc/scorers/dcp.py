@@ -41,14 +41,23 @@ def dcp(subject: Subject) -> list[Scores]:
     convolution or linear layer reads have no score.
     """
     layers = readings(subject, "dcp")
-    names = sorted({layer.parameter for layer in layers if layer.parameter})
+    names = read_by(layers)
     gradients: dict[str, Tensor] = {}
     batches = 0
     for found in parameter_gradients(subject, names=names):
         for name, gradient in found.items():
             gradients[name] = gradient if name not in gradients else gradients[name].add_(gradient)
         batches += 1
-    gradients = {name: gradient / batches for name, gradient in gradients.items()}
+    return picked(subject, layers, {name: gradient / batches for name, gradient in gradients.items()})
+
+
+def read_by(layers: list[Reading]) -> list[str]:
+    """The weights whose gradients choose."""
+    return sorted({layer.parameter for layer in layers if layer.parameter})
+
+
+def picked(subject: Subject, layers: list[Reading], gradients: dict[str, Tensor]) -> list[Scores]:
+    """Scores of every group from the gradients of the readers' weights; NaN without a reader."""
     scores = []
     for group in subject.grouping.groups:
         parts = [part for layer in layers if (part := _part(layer, group, gradients)) is not None]

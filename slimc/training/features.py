@@ -28,13 +28,11 @@ class Features:
         self._kept: dict[str, tuple[int, Tensor]] = {}
         self._hooks: list[Any] = []
         teacher, cut = network.analysis.model, network.cut_so_far
-        for path, (norm, axis) in _last_places(network).items():
-            rank = 1 if norm else -1
+        for path, (norm, axis) in last_places(network).items():
+            rank = channel_axis(teacher, path, norm)
             for trained, owner in ((False, teacher), (True, network.module)):
                 module = _module(owner, path)
                 self._hooks.append(module.register_forward_hook(self._catch(trained, path)))
-                if not norm and isinstance(module, nn.modules.conv._ConvNd):
-                    rank = 1
             self._kept[path] = rank, cut.indices(axis)
 
     def _catch(self, trained: bool, path: str) -> Any:
@@ -61,15 +59,21 @@ class Features:
         self._hooks.clear()
 
 
-def _last_places(network: Network) -> dict[str, tuple[bool, Any]]:
-    """For each group the module that writes it last, with whether it is a norm, and its channels."""
+def last_places(network: Network) -> dict[str, tuple[bool, Any]]:
+    """For each group the module that writes it last, with whether it is a norm, and its channels; in order of depth."""
     last: dict[int, tuple[str, bool, Any]] = {}
     numbers = network.analysis.grouping.group_of
     for place in network.places:
         rows = network.analysis.types.solution.factors(place.axis)
         for number in set(numbers[rows[rows >= 0]].tolist()):
+            last.pop(number, None)  # to the end, so that the order is that of last writers
             last[number] = place.name.rpartition(".")[0], place.norm, place.axis
     return {path: (norm, axis) for path, norm, axis in last.values()}
+
+
+def channel_axis(owner: nn.Module, path: str, norm: bool) -> int:
+    """Which axis of what the module gives holds its channels."""
+    return 1 if norm or isinstance(owner.get_submodule(path), nn.modules.conv._ConvNd) else -1
 
 
 def _module(owner: nn.Module, path: str) -> nn.Module:

@@ -35,10 +35,12 @@ Hook = Callable[[], None]
 class Hooks:
     """What a method does besides descending the loss.
 
+    extra: what is added to the loss, from the targets of the batch that has just gone through the network.
     before_step: with the gradients of a step there (of all processes), before the optimiser uses them.
     after_epoch: when a whole pass over the data has been trained on.
     """
 
+    extra: Callable[[Any], Tensor] | None = None
     before_step: Hook | None = None
     after_epoch: Hook | None = None
 
@@ -141,7 +143,10 @@ class Loop:
             if self._teacher is not None:
                 with torch.no_grad():
                     wanted = batch.example.run(self._teacher)
-        outputs = widened(outputs)
+        value = self._of_outputs(widened(outputs), wanted, batch)
+        return value if self._hooks.extra is None else value + self._hooks.extra(batch.targets)
+
+    def _of_outputs(self, outputs: Any, wanted: Any, batch: Batch) -> Tensor:
         if self._teacher is None:
             return self._of_labels(outputs, batch)
         share = self.recipe.distil

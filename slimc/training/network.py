@@ -6,7 +6,8 @@ nothing is captured twice, and groups, names and costs stay the same from the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from slimc.samples import Samples
 from slimc.trainable import trainable
 
 from . import gates
+from .heads import Heads
 
 Alive = npt.NDArray[np.bool_]
 States = dict[str, dict[str, Tensor]]
@@ -39,13 +41,17 @@ class Network:
 
     analysis: the model as it was given. alive: [variables] which channels are left. module: the user's class (or the
     graph, where that cannot take the sizes) with those channels, to be trained in place.
-    optimiser: what the last phase's optimiser remembered; cut along with the weights.
+    optimiser: what the last phase's optimiser remembered; cut along with the weights. heads: auxiliary ones, on the
+    module as it is between two cuts.
     """
 
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
         self.alive: Alive = np.ones(analysis.types.solution.variables, np.bool_)
         self.optimiser: States = {}
+        self.heads: Heads | None = None
+        self._head_places: list[list[Any]] = []
+        self._head_classes = 0
         self.clipped: dict[str, float] = {}
         self.places = gates.places(analysis.types)
         self.gated = False
@@ -135,6 +141,17 @@ class Network:
         if self.gated:
             gates.detach(self.module, self.places)
         self.gated = False
+
+    def add_heads(self, places: Sequence[Sequence[Any]], classes: int) -> None:
+        """Put auxiliary heads on what modules give, in order of depth: [path, axis of channels, channels] for each."""
+        self._head_places, self._head_classes = [list(place) for place in places], classes
+        self.heads = Heads(self.module, [(path, axis, width) for path, axis, width in places], classes)
+
+    def drop_heads(self) -> None:
+        """Take auxiliary heads off; must be done before the next cut."""
+        if self.heads is not None:
+            self.heads.close()
+        self.heads, self._head_places = None, []
 
     def cut(self, alive: Alive, mend: Callable[[Task], None] | None = None, samples: Samples | None = None) -> None:
         """Remove every channel that is not in `alive`; weights, gates and the optimiser's memory follow.
@@ -256,6 +273,8 @@ class Network:
             "identity": any(place.identity for place in self.places),
             "module": {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()},
             "optimiser": self.optimiser,
+            "heads": self._head_places,
+            "classes": self._head_classes,
         }
 
     def load(self, state: Mapping[str, object]) -> None:
@@ -270,6 +289,11 @@ class Network:
             self.places = gates.compactors(self.places)
         if state["gated"]:
             self.gate()
+        heads, classes = state["heads"], state["classes"]
+        assert isinstance(heads, list)
+        assert isinstance(classes, int)
+        if heads:
+            self.add_heads(heads, classes)
         for name, parameter in self.module.named_parameters():
             # In the memory layout that it had: other kernels would round differently.
             parameter.data = module[name].to(parameter).clone()

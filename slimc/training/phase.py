@@ -73,8 +73,14 @@ class Phase:
     def attach(self, optimiser: torch.optim.Optimizer) -> None:
         """Let the method do its part of every step of an optimiser of yours: penalties, scores, masks."""
         before = self.hooks.before_step
+        while isinstance(inner := getattr(optimiser, "optimizer", None), torch.optim.Optimizer):
+            optimiser = inner  # wrappers, such as accelerate's, have no hooks of their own
         if before is not None:
             optimiser.register_step_pre_hook(lambda *_: before())
+
+    def extra(self, targets: Any) -> Tensor | float:
+        """What the method adds to your loss of the batch that has just gone through `module`; 0 for most."""
+        return 0.0 if self.hooks.extra is None else self.hooks.extra(targets)
 
     def epoch_done(self) -> None:
         """Tell the method that your loop has seen all data once; some methods act then."""

@@ -246,9 +246,9 @@ class Run:
         workers.same(self.network.tensors().values())
         self._steps = 0
 
-    def score(self, scorer: str, normalise: str = "auto") -> scores.Scores:
+    def score(self, scorer: str | scores.Method, normalise: str = "auto") -> scores.Scores:
         """A scorer's numbers for the network as it is now, [variables], normalised between groups as it likes."""
-        method = scores.find(scorer)
+        method = scores.find(scorer) if isinstance(scorer, str) else scorer
         types, grouping = self.network.typed()
         graph = self.network.graph
         training = graph.training

@@ -1,0 +1,111 @@
+"""Auxiliary heads: classifiers of values inside a network, trained along with it and taken off without a trace.
+
+Source: Zhuang et al., "Discrimination-aware Channel Pruning for Deep Neural Networks" (NeurIPS 2018): batch norm, ReLU,
+average over places, linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from slimc.errors import UsageError
+from slimc.losses import first_output
+from slimc.samples import Batch
+from slimc.scores import Loss
+
+_NAME = "auxiliary_heads"
+
+
+class Head(nn.Module):
+    """Class scores, [N, classes], from a value with its channels at `axis`; the rest of its axes are places."""
+
+    def __init__(self, axis: int, width: int, classes: int) -> None:
+        super().__init__()
+        self._axis = axis
+        self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, classes)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Average over places what is above zero after the norm."""
+        channels = value.movedim(self._axis, 1).reshape(len(value), self.norm.num_features, -1)
+        found: Tensor = self.linear(torch.relu(self.norm(channels)).mean(2))
+        return found
+
+
+class Heads:
+    """Heads on values inside a module, part of it until they are taken off.
+
+    places: paths of modules in order of depth, each with the axis of its output's channels and how many there are.
+    Weights are the same each time. Raises UsageError for networks that are graphs, which have no such modules.
+    """
+
+    def __init__(self, module: nn.Module, places: Sequence[tuple[str, int, int]], classes: int) -> None:
+        self._owner = module
+        self._values: list[Tensor] = []
+        inner = [module.get_submodule(path) for path, _, _ in places]
+        if any(type(part) is nn.Module for part in inner):
+            raise UsageError("auxiliary heads need the user's own class, and this network came back as a graph")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            heads = [Head(axis, width, classes) for _, axis, width in places]
+        module.add_module(_NAME, nn.ModuleList(heads).to(next(module.parameters())))
+        self._hooks = [
+            part.register_forward_hook(self._catch(head)) for part, head in zip(inner, heads, strict=True)
+        ]  # fmt: skip
+        self._hooks.append(module.register_forward_pre_hook(lambda *_: self._values.clear()))
+        self._hooks.append(module.register_forward_hook(self._tie))
+
+    def _catch(self, head: nn.Module) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            # A copy, since the operators behind may write into it.
+            self._values.append(head(output.clone()))
+
+        return hook
+
+    def _tie(self, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        """Outputs as they are, but with the heads in their graph.
+
+        DistributedDataParallel exchanges gradients of no parameter that it cannot reach from the outputs.
+        """
+        nothing = torch.stack([0 * value.float().sum() for value in self._values]).sum()
+        return pytree.tree_map_only(Tensor, lambda t: t + nothing.to(t) if t.is_floating_point() else t, outputs)
+
+    def losses(self, targets: Any, loss: Loss) -> list[Tensor]:
+        """Of each head for the batch that has just gone through the network."""
+        if isinstance(targets, Tensor) and any(len(value) != len(targets) for value in self._values):
+            raise UsageError("an auxiliary head sees a value whose first axis is not that of samples; take fewer heads")
+        return [loss(value.float() if value.dtype.itemsize < 4 else value, targets) for value in self._values]
+
+    def gradients(self, batches: Iterable[Batch], names: Iterable[str], loss: Loss) -> dict[str, Tensor]:
+        """Of each parameter, the mean gradient of the loss of the first head behind it, or of the network's own.
+
+        The network must be in eval mode, so that norms stand still.
+        """
+        named = dict(self._owner.named_parameters())
+        chosen = {name: named[name] for name in names}
+        total = {name: torch.zeros_like(parameter) for name, parameter in chosen.items()}
+        count = 0
+        for batch in batches:
+            outputs = batch.example.run(self._owner)
+            losses = [*self.losses(batch.targets, loss), loss(first_output(outputs), batch.targets)]
+            count += batch.count
+            left = dict(chosen)
+            for value in losses:
+                if not left:
+                    break
+                found = torch.autograd.grad(value, list(left.values()), retain_graph=True, allow_unused=True)
+                for name, gradient in zip(list(left), found, strict=True):
+                    if gradient is not None:
+                        total[name] += gradient * batch.count
+                        del left[name]
+        return {name: gradient / count for name, gradient in total.items()}
+
+    def close(self) -> None:
+        """Take the heads off."""
+        for hook in self._hooks:
+            hook.remove()
+        delattr(self._owner, _NAME)
