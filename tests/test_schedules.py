@@ -69,6 +69,8 @@ WRONG: Sequence[tuple[str, dict[str, Any], str]] = [
     ("soft", {"finetune": -0.1}, "finetune"),
     ("soft", {"select": "weakest"}, "select=weakest"),
     ("csgd", {"finetune": 2}, "finetune"),
+    ("dcp", {"heads": 0}, "heads"),
+    ("dcp", {"warmup": -0.1}, "warmup"),
     ("csgd", {"epsilon": -1}, "epsilon"),
     ("group-sparsity", {"alpha": "nan"}, "alpha"),
     ("group-sparsity", {"finetune": "nan"}, "finetune"),

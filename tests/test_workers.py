@@ -56,6 +56,25 @@ slim = run.result
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     slim.save(sys.argv[1])
 """
+HEADED = """
+import torch
+import slimc
+from mine import Net, feeds
+
+torch.distributed.init_process_group("gloo")
+train, val = feeds()
+run = slimc.schedule(
+    "dcp", Net(), torch.zeros(2, 6), flops=0.5, epochs=4, data=train, val=val, round_to=1, recover="none")
+for phase in run:
+    phase.train()
+    own = dict(phase.module.named_parameters())
+    assert any("auxiliary_head" in name for name in own) == (phase.name == "heads")
+    for name, tensor in own.items():
+        first = tensor.detach().clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(first, tensor), name
+assert run.result.report.verification.passed
+"""
 
 
 def test_one_process_has_everything() -> None:
@@ -69,11 +88,12 @@ def test_one_process_has_everything() -> None:
 
 def started(home: Path, *options: str, processes: int = 1) -> str:
     """Run Python, or `torchrun`, in a folder; gives what it said."""
+    path = os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [sys.executable, *(torchrun if processes > 1 else []), *options], cwd=home, capture_output=True, text=True,
         check=False, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(home)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -91,6 +111,12 @@ def test_two_processes_make_the_plan_and_the_weights_that_one_makes(tmp_path: Pa
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-5)
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
     assert reports[0]["accuracy"]["after"] == pytest.approx(reports[1]["accuracy"]["after"], abs=1e-6)
+
+
+def test_two_processes_have_the_same_auxiliary_heads_and_make_the_same_cut(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(textwrap.dedent(HOME))
+    (tmp_path / "script.py").write_text(textwrap.dedent(HEADED))
+    started(tmp_path, "script.py", processes=2)
 
 
 def test_the_command_line_trains_with_two_processes_and_the_first_one_speaks(tmp_path: Path) -> None:

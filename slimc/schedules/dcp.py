@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from slimc import scores
@@ -73,13 +73,25 @@ def _loss(run: Run, own: Tensor, targets: Any) -> Tensor:
 
 def _spread(run: Run, count: int) -> list[list[Any]]:
     """Values of groups at even distances; the network's own head is behind the last segment."""
-    known = list(last_places(run.network).items())
+    module = run.network.module
+    known = [item for item in last_places(run.network).items() if _gives_a_value(module.get_submodule(item[0]))]
+    if not known:
+        raise UsageError(
+            "--schedule dcp puts heads behind convolutions, linear layers and batch norms that are modules, and this "
+            "network has none with channels to cut"
+        )
     chosen = sorted({(place + 1) * len(known) // (count + 1) for place in range(count)} & set(range(len(known))))
-    cut, model = run.network.cut_so_far, run.network.module
+    cut = run.network.cut_so_far
     return [
-        [path, channel_axis(model, path, norm), cut.shape((axis,))[0]]
+        [path, channel_axis(module, path, norm), cut.shape((axis,))[0]]
         for path, (norm, axis) in (known[place] for place in chosen)
     ]
+
+
+def _gives_a_value(module: nn.Module) -> bool:
+    """Whether a forward hook sees what the layer gives; modules of graphs and of torch's attention are never called."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, kinds) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def discriminating(run: Run) -> Scores:

@@ -18,7 +18,7 @@ from slimc.losses import first_output
 from slimc.samples import Batch
 from slimc.scores import Loss
 
-_NAME = "auxiliary_heads"
+_NAME = "auxiliary_head"
 
 
 class Head(nn.Module):
@@ -40,22 +40,22 @@ class Heads:
     """Heads on values inside a module, part of it until they are taken off.
 
     places: paths of modules in order of depth, each with the axis of its output's channels and how many there are.
-    Weights are the same each time. Raises UsageError for networks that are graphs, which have no such modules.
+    Weights are the same each time.
     """
 
     def __init__(self, module: nn.Module, places: Sequence[tuple[str, int, int]], classes: int) -> None:
         self._owner = module
         self._values: list[Tensor] = []
-        inner = [module.get_submodule(path) for path, _, _ in places]
-        if any(type(part) is nn.Module for part in inner):
-            raise UsageError("auxiliary heads need the user's own class, and this network came back as a graph")
+        self._inner = inner = [module.get_submodule(path) for path, _, _ in places]
         with torch.random.fork_rng():
             torch.manual_seed(0)
             heads = [Head(axis, width, classes) for _, axis, width in places]
-        module.add_module(_NAME, nn.ModuleList(heads).to(next(module.parameters())))
-        self._hooks = [
-            part.register_forward_hook(self._catch(head)) for part, head in zip(inner, heads, strict=True)
-        ]  # fmt: skip
+        like = next(module.parameters())
+        self._hooks = []
+        for part, head in zip(inner, heads, strict=True):
+            # Of the layer itself: a container would run what is added to it.
+            part.add_module(_NAME, head.to(like))
+            self._hooks.append(part.register_forward_hook(self._catch(head)))
         self._hooks.append(module.register_forward_pre_hook(lambda *_: self._values.clear()))
         self._hooks.append(module.register_forward_hook(self._tie))
 
@@ -71,6 +71,8 @@ class Heads:
 
         DistributedDataParallel exchanges gradients of no parameter that it cannot reach from the outputs.
         """
+        if len(self._values) < len(self._inner):
+            raise UsageError("the network does not call a module that has an auxiliary head; take fewer heads")
         nothing = torch.stack([0 * value.float().sum() for value in self._values]).sum()
         return pytree.tree_map_only(Tensor, lambda t: t + nothing.to(t) if t.is_floating_point() else t, outputs)
 
@@ -108,4 +110,5 @@ class Heads:
         """Take the heads off."""
         for hook in self._hooks:
             hook.remove()
-        delattr(self._owner, _NAME)
+        for part in self._inner:
+            delattr(part, _NAME)
