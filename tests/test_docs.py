@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import library as operators
+from torch.utils.data import DataLoader, TensorDataset
 
 import slimc
 from slimc import scores
@@ -90,14 +91,40 @@ def test_the_page_of_training_names_each_schedule_with_its_settings() -> None:
             assert told, (name, setting)
 
 
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
+
+
+def batches() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (32,), generator=generator)
+    return DataLoader(TensorDataset(torch.randn(32, 1, 6, 6, generator=generator), labels), batch_size=8)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", ["tick-tock", "dcp"])
+def test_the_loop_with_accelerate_that_is_shown_trains_and_cuts(name: str, precision: str) -> None:
+    state = pytest.importorskip("accelerate.state", reason="the extra accelerate is not installed")
+    state.AcceleratorState._reset_state(reset_partial_state=True)  # it holds the precision of the whole process
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(from accelerate.*?)```", page, re.DOTALL)
+    assert code is not None
+    assert code[1].count("\n") <= 30
+    assert code[1].count('"tick-tock"') == 1
+    shown: dict[str, Any] = {}
+    exec(compile(code[1].replace('"tick-tock"', repr(name)), "training.md", "exec"), shown)
+    slim = shown["train"](small(), torch.zeros(2, 1, 6, 6), batches(), 2, precision)
+    assert slim.report.targets["flops"].met
+    assert slim.report.verification.passed
+    assert slim.module(torch.zeros(2, 1, 6, 6)).dtype == torch.float32
+
+
 def test_the_loop_of_ones_own_that_is_shown_trains_and_cuts() -> None:
     code = re.search(r"```python\n(import torch.*?)```", (DOCS / "training.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None
     shown: dict[str, Any] = {}
     exec(compile(code[1], "training.md", "exec"), shown)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
-    loader = [(torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8,))) for _ in range(4)]
-    slim = shown["train"](model, torch.zeros(2, 1, 6, 6), loader, 2)
+    slim = shown["train"](small(), torch.zeros(2, 1, 6, 6), batches(), 2)
     assert slim.report.targets["flops"].met
     assert slim.report.verification.passed
