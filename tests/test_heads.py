@@ -132,6 +132,21 @@ def test_dcp_says_where_it_finds_no_place_for_heads() -> None:
         next(begin("dcp", seeded(Functional)))
 
 
-def test_dcp_runs_on_attention_whose_inner_layers_are_never_called() -> None:
-    run = begin("dcp", scoring.build("vit"), flops=0.7, epochs=1)
+class Attention(nn.Module):
+    """torch's own encoder, whose attention never calls its output layer, nor any layer where nothing is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 8)
+        self.block, self.fc = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, scoring.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.block(self.first(x.flatten(2).transpose(1, 2))).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("model", [scoring.build("vit"), seeded(Attention)], ids=["vit", "encoder"])
+def test_dcp_runs_on_attention(model: nn.Module) -> None:
+    run = begin("dcp", model, flops=0.7, epochs=2, val=scoring.labelled(1))
+    assert first(run, "heads").metrics["accuracy"] is not None
     assert run.result.report.verification.passed

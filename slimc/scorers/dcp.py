@@ -5,7 +5,7 @@ with no input channel; the one with the largest gradient of reconstruction error
 trained weights, and so on. As a scorer it keeps to one backward pass: the network's own head stands for the paper's
 auxiliary heads, the cross entropy is taken linear around the trained network, picked weights are not optimised between
 picks, and groups of more than 64 channels pick several at a time. The gradient of the reconstruction error is exact and
-follows the picks.
+follows the picks. The schedule `dcp` trains the heads and takes the gradient of their losses.
 """
 
 from __future__ import annotations
