@@ -2,7 +2,8 @@
 
 A step is one file in `recovery/`. It changes the tensors of the slim graph in place (the user's module shares them)
 and says in one line what it did. Samples are set aside to judge by: a step that brings the slim model's outputs no
-nearer to the original's on these is undone.
+nearer to the original's on these is undone. So is one after which classes are told less like the original tells them:
+outputs can come nearer on the whole where the largest ones, which choose the class, go astray.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from .graph.capture import Example
@@ -88,6 +90,26 @@ class Outcome:
     kept: bool
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """How far a slim graph's outputs are from the original's.
+
+    distance: the squared difference over the originals' own spread around their mean, averaged over the outputs: 0 is
+        equal, 1 no better than a constant. divergence: where the first output is [N, classes], the mean
+        Kullback-Leibler divergence of its softmax from the original's, in nats; else None. agreement: the share of
+        samples with the same largest class; else None. Infinity where something is not finite.
+    """
+
+    distance: float
+    divergence: float | None
+    agreement: float | None
+
+    def no_worse(self, other: Verdict) -> bool:
+        """Whether neither the outputs on the whole nor the classes are further off than by another verdict."""
+        told = self.divergence is None or other.divergence is None or self.divergence <= other.divergence
+        return told and self.distance <= other.distance
+
+
 class Judge:
     """How far a slim graph's outputs are from the original's, on samples that nothing is fitted on."""
 
@@ -98,31 +120,36 @@ class Judge:
         columns = [torch.cat([_flat(batch[i]) for batch in self._wanted]) for i in floats]
         self._floats = floats
         self._spread = [float((c - c.mean(0)).square().sum()) for c in columns]
+        first = self._wanted[0][floats[0]] if floats else None
+        self._classes = first is not None and first.dim() == 2 and first.shape[1] > 1
 
-    def distance(self, slim: GraphModule) -> float:
-        """The squared difference over the originals' own spread around their mean, averaged over the outputs.
-
-        0 is equal, 1 no better than a constant; infinity where something is not finite.
-        """
+    def verdict(self, slim: GraphModule) -> Verdict:
+        """Run the slim graph on all samples."""
         sums = [0.0] * len(self._floats)
+        divergence, same, count = 0.0, 0, 0
         for example, wanted in zip(self._samples.examples(), self._wanted, strict=True):
             found = outputs(slim, example)
             for place, i in enumerate(self._floats):
                 sums[place] += float((found[i].double() - wanted[i].double()).square().sum())
+            if self._classes:
+                own, goal = (values[self._floats[0]].double() for values in (found, wanted))
+                divergence += float(
+                    functional.kl_div(own.log_softmax(1), goal.log_softmax(1), reduction="sum", log_target=True)
+                )
+                same, count = same + int((own.argmax(1) == goal.argmax(1)).sum()), count + len(goal)
         shares = [s / spread for s, spread in zip(sums, self._spread, strict=True) if spread > 0]
-        mean = sum(shares) / len(shares) if shares else 0.0
-        return mean if math.isfinite(mean) else math.inf
+        distance = _finite(sum(shares) / len(shares) if shares else 0.0)
+        if not self._classes:
+            return Verdict(distance, None, None)
+        return Verdict(distance, _finite(divergence / count), same / count)
 
-    def agreement(self, slim: GraphModule) -> float | None:
-        """The share of samples with the same largest output, where the first output is [N, classes]; else None."""
-        if not self._floats or self._wanted[0][self._floats[0]].dim() != 2:
-            return None
-        first = self._floats[0]
-        same = count = 0
-        for example, wanted in zip(self._samples.examples(), self._wanted, strict=True):
-            found = outputs(slim, example)[first].argmax(1)
-            same, count = same + int((found == wanted[first].argmax(1)).sum()), count + len(found)
-        return same / count
+    def distance(self, slim: GraphModule) -> float:
+        """See `Verdict`."""
+        return self.verdict(slim).distance
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
 
 
 @torch.no_grad()
@@ -134,20 +161,20 @@ def outputs(module: GraphModule, example: Example) -> list[Tensor]:
 
 
 def attempt(task: Task, name: str, judge: Judge) -> Outcome:
-    """Run a step; if it brings the outputs no nearer to the original's it is undone."""
+    """Run a step; it is undone if the outputs are then further from the original's, or the classes are."""
     found = find(name)
-    before = judge.distance(task.slim)
+    before = judge.verdict(task.slim)
     saved = {key: tensor.clone() for key, tensor in task.slim.state_dict().items()}
     try:
         detail = found.run(task)
-        after = judge.distance(task.slim)
+        after = judge.verdict(task.slim)
     except BaseException:
         task.slim.load_state_dict(saved)
         raise
-    kept = after <= before
+    kept = after.no_worse(before)
     if not kept:
         task.slim.load_state_dict(saved)
-    return Outcome(detail, before, after, kept)
+    return Outcome(detail, before.distance, after.distance, kept)
 
 
 def _flat(value: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class Compressed:
                 self.stages.detail(name)
                 outcome = recover.attempt(self._task(fitted), name, judge)
                 self.note_recovery(name, outcome.detail, outcome.before, outcome.after, outcome.kept)
-            agreement = judge.agreement(self.graph)
+            agreement = judge.verdict(self.graph).agreement
         seen = Calibration(fitted.source, fitted.count, judged.count, agreement)
         self.report = replace(self.report, calibration=seen)
         if self.module is not self.graph:

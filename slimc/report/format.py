@@ -58,5 +58,7 @@ def recovery(method: str, detail: str, before: float | None, after: float | None
     if before is None or after is None:
         return f"{method}: {detail}"
     if not kept:
-        return f"{method} undone, since it moved the outputs away from the original's ({before:.2g} → {after:.2g})"
+        nearer = "brought the outputs nearer to the original's but the choice of class further from it"
+        moved = nearer if after <= before else "moved the outputs away from the original's"
+        return f"{method} undone, since it {moved} ({before:.2g} → {after:.2g})"
     return f"{method}: {detail}; distance of the outputs from the original's {before:.2g} → {after:.2g}"

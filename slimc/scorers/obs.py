@@ -10,7 +10,8 @@ are all in one unit, the squared error of the model's outputs, so groups are com
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (NIPS 1992),
 equation 5; Kurtic, Frantar and Alistarh, "ZipLM" (NeurIPS 2023), equation 2, for whole blocks. The factor s_o is the
 diagonal of the output side in the Kronecker factorisation of Martens and Grosse (ICML 2015). Channels that no reader
-sees (their consumer is attention, say) get the expected square of their own gate's derivative instead.
+sees (their consumer is attention, say) get the expected square of their own gate's derivative instead. Where batch
+norms tell that training showed more of a reader's inputs than the samples do, H is mixed with what they tell (ours).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from slimc.as_trained import moments_as_trained, overlap
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
 from slimc.graph.infer import attribute
@@ -73,9 +75,13 @@ def obs(subject: Subject) -> list[Scores]:
             np.add.at(total, column, gates[node, position])
     generator = torch.Generator().manual_seed(subject.seed)
     parts: dict[int, list[Part]] = {}
+    trained = moments_as_trained(module)
 
     def visit(node: Node, frontier: Frontier) -> None:
         second, matrix = _second_moments(found[node], frontier, generator)
+        if (known := trained.get(found[node].source)) is not None:
+            second = as_trained(second, known.square.to(second))
+        second = _ridged(second)
         matrix = matrix * _per_row(sensitivity[node], matrix).sqrt()
         for number, part in _parts(subject, found[node], second, matrix):
             parts.setdefault(number, []).append(part)
@@ -217,7 +223,7 @@ def _per_row(sensitivity: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _second_moments(reader: Reader, frontier: Frontier, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """E[x x^T] over places, [groups, n, n] in float64 with a ridge, and the weights as [groups, rows, n] to go with it.
+    """E[x x^T] over places, [groups, n, n] in float64, and the weights as [groups, rows, n] to go with it.
 
     n is the reader's inputs; where a kernel makes these many, n is its input channels: the taps of the kernel are then
     taken for independent of each other and alike, and each tap's weights are rows of their own.
@@ -248,8 +254,27 @@ def _second_moments(reader: Reader, frontier: Frontier, generator: torch.Generat
     if merged:
         split = matrix.reshape(groups, outputs, size, taps)
         matrix = split.transpose(2, 3).reshape(groups, outputs * taps, size)
-    mean = total.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    return total + torch.diag_embed((_RIDGE * mean)[:, None].expand(-1, size)), matrix
+    return total, matrix
+
+
+def _ridged(second: Tensor) -> Tensor:
+    """With a little added to the diagonal, so that there is an inverse."""
+    mean = second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    return second + torch.diag_embed((_RIDGE * mean)[:, None].expand(-1, second.shape[1]))
+
+
+def as_trained(second: Tensor, squares: Tensor) -> Tensor:
+    """Second moments of samples, [groups, n, n], drawn towards the expected squares in training, [channels].
+
+    The diagonal of these is mixed in with the share of it that the samples do not show: 1 - sum min / sum max of both
+    diagonals. Samples like those in training change next to nothing; of narrow ones, channels that they do not use
+    are not taken for useless.
+    """
+    own = second.diagonal(dim1=1, dim2=2)
+    each = own.numel() // len(squares)
+    wanted = squares.repeat_interleave(each).reshape(own.shape)
+    share = overlap(own, wanted)
+    return share * second + (1 - share) * torch.diag_embed(wanted)
 
 
 @dataclass
