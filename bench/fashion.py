@@ -3,7 +3,8 @@
     python -m bench.fashion resnet20 vgg11_bn --seeds 0 1 2
 
 Training stops after a fixed number of epochs and the last one counts; the 10,000 validation pictures (the last of the
-60,000) choose nothing. Checkpoints go to bench/checkpoints/ and are not trained again.
+60,000) choose nothing. Checkpoints go to bench/checkpoints/, rounded to half precision, and are not trained again;
+those of the ResNets are in the repository, so that every machine measures the same networks.
 """
 
 from __future__ import annotations
@@ -171,8 +172,8 @@ def trained(name: str, seed: int, data: Fashion) -> nn.Module:
         print(f"{name} seed {seed}: training {EPOCHS[name]} epochs", flush=True)
         fit(model, data, epochs=EPOCHS[name], rate=2e-3 if name == "vit" else 0.2, seed=seed)
         CHECKPOINTS.mkdir(exist_ok=True)
-        torch.save(model.state_dict(), path)
-        print(f"{name} seed {seed}: validation accuracy {accuracy(model, data):.2f}", flush=True)
+        rounded = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+        torch.save(rounded, path)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
 
