@@ -25,8 +25,8 @@ from slimc.graph.infer import tensors_of
 from slimc.lockstep import trainable_at_once
 from slimc.recover import Task, step
 
-EPOCHS = 40
-_MOST, _MOST_INVENTED = 1.2e13, 4e12
+EPOCHS = 100
+_MOST, _MOST_INVENTED = 2e13, 4e12
 """Work of a whole distillation: made-up samples are worth less of it."""
 _FEWEST_EPOCHS = 5
 _RATE = 1e-3
