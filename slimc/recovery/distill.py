@@ -6,7 +6,7 @@ keep their statistics, so that what is trained is what is deployed.
 
 Sources: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), with squared differences of
 logits, which is their limit of high temperature (section 2.1); Romero et al., "FitNets" (ICLR 2015), equation 3, for
-values inside; Zhang et al., "mixup" (ICLR 2018) for the mixing.
+values inside; Zhang et al., "mixup" (ICLR 2018) and Yun et al., "CutMix" (ICCV 2019) for the mixing.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _FEWEST_EPOCHS = 5
 _RATE = 1e-3
 _BATCH = 64
 _WARMUP = 0.1
-_MIXED = 0.5
-"""The share of batches whose samples are mixed in pairs."""
+_PASTED, _BLENDED = 0.5, 0.25
+"""The shares of batches whose samples are mixed in pairs, part by part or as a whole."""
 
 
 @step(
@@ -157,28 +157,57 @@ def _relative(value: Tensor, goal: Tensor) -> Tensor:
 
 
 def _varied(example: Example, generator: torch.Generator) -> Example:
-    """Pictures are moved and mirrored, floats mixed in pairs; whatever else stays as it is."""
+    """Pictures are moved and mirrored, each its own way, and floats mixed in pairs; whatever else stays as it is.
+
+    Half of the batches have rectangles of other pictures put in, a quarter is blended.
+    """
     tensors = example.tensors()
     count = len(tensors[0])
     if not all(t.is_floating_point() and len(t) == count for t in tensors):
         return example
-    mirror = bool(torch.rand((), generator=generator) < 0.5)
-    shift = torch.rand(2, generator=generator) * 2 - 1
-    mixed = bool(torch.rand((), generator=generator) < _MIXED)
+    mirror = torch.rand(count, generator=generator) < 0.5
+    shift = torch.rand(2, count, generator=generator) * 2 - 1
+    kind = float(torch.rand((), generator=generator))
     order = torch.randperm(count, generator=generator)
-    share = torch.rand((count,), generator=generator) * 0.5
+    share, across, down = torch.rand(3, count, generator=generator)
 
     def vary(tensor: Tensor) -> Tensor:
+        device = tensor.device
+        other = order.to(device)
         if tensor.dim() == 4:
-            tensor = tensor.flip(3) if mirror else tensor
-            rows, columns = (round(float(s) * size / 8) for s, size in zip(shift, tensor.shape[2:], strict=True))
-            pad = [max(columns, 0), max(-columns, 0), max(rows, 0), max(-rows, 0)]
-            height, width = tensor.shape[2:]
-            tensor = functional.pad(tensor, pad, mode="replicate")
-            tensor = tensor[:, :, max(-rows, 0) :][:, :, :height, max(-columns, 0) :][..., :width]
-        if mixed:
-            weight = share.reshape(-1, *[1] * (tensor.dim() - 1)).to(tensor)
-            tensor = (1 - weight) * tensor + weight * tensor[order.to(tensor.device)]
+            tensor = torch.where(mirror.to(device)[:, None, None, None], tensor.flip(3), tensor)
+            tensor = _moved(tensor, shift.to(device))
+            if kind < _PASTED:
+                inside = _rectangles(share, across, down, tensor.shape[2], tensor.shape[3])
+                return torch.where(inside.to(device)[:, None], tensor[other], tensor)
+        if kind < _PASTED + _BLENDED:
+            weight = 0.5 * share.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
+            tensor = (1 - weight) * tensor + weight * tensor[other]
         return tensor
 
     return example.map(vary)
+
+
+def _moved(pictures: Tensor, shift: Tensor) -> Tensor:
+    """Pictures moved by up to an eighth of their sides, shift [2, count] from -1 to 1; border pixels are repeated."""
+    places = []
+    for size, own in zip(pictures.shape[2:], shift, strict=True):
+        steps = (own * (size // 8)).round().long()
+        places.append((torch.arange(size, device=pictures.device) + steps[:, None]).clamp(0, size - 1))
+    rows, columns = places
+    picture = torch.arange(len(pictures), device=pictures.device)
+    moved = pictures.movedim(1, 3)[picture[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved.movedim(3, 1).contiguous()
+
+
+def _rectangles(area: Tensor, across: Tensor, down: Tensor, height: int, width: int) -> Tensor:
+    """[count, height, width] whether a pixel is in a rectangle of a quarter to three quarters of the picture."""
+    side = (0.25 + 0.5 * area).sqrt()
+
+    def inside(size: int, place: Tensor) -> Tensor:
+        length = (side * size).round()
+        start = (place * (size - length + 1)).floor()
+        pixels = torch.arange(size)
+        return (pixels >= start[:, None]) & (pixels < (start + length)[:, None])
+
+    return inside(height, down)[:, :, None] & inside(width, across)[:, None, :]
