@@ -32,8 +32,8 @@ _FEWEST_EPOCHS = 5
 _RATE = 1e-3
 _BATCH = 64
 _WARMUP = 0.1
-_PASTED, _BLENDED = 0.5, 0.25
-"""The shares of batches whose samples are mixed in pairs, part by part or as a whole."""
+_PASTED, _BLENDED = 0.75, 0.5
+"""The share of batches of pictures that are pasted into each other (others are blended); of other floats, blended."""
 
 
 @step(
@@ -157,10 +157,7 @@ def _relative(value: Tensor, goal: Tensor) -> Tensor:
 
 
 def _varied(example: Example, generator: torch.Generator) -> Example:
-    """Pictures are moved and mirrored, each its own way, and floats mixed in pairs; whatever else stays as it is.
-
-    Half of the batches have rectangles of other pictures put in, a quarter is blended.
-    """
+    """Pictures are moved and mirrored, each its own way, and floats mixed in pairs; whatever else stays as it is."""
     tensors = example.tensors()
     count = len(tensors[0])
     if not all(t.is_floating_point() and len(t) == count for t in tensors):
@@ -180,7 +177,7 @@ def _varied(example: Example, generator: torch.Generator) -> Example:
             if kind < _PASTED:
                 inside = _rectangles(share, across, down, tensor.shape[2], tensor.shape[3])
                 return torch.where(inside.to(device)[:, None], tensor[other], tensor)
-        if kind < _PASTED + _BLENDED:
+        if tensor.dim() == 4 or kind < _BLENDED:
             weight = 0.5 * share.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
             tensor = (1 - weight) * tensor + weight * tensor[other]
         return tensor
