@@ -172,7 +172,8 @@ def trained(name: str, seed: int, data: Fashion) -> nn.Module:
         print(f"{name} seed {seed}: training {EPOCHS[name]} epochs", flush=True)
         fit(model, data, epochs=EPOCHS[name], rate=2e-3 if name == "vit" else 0.2, seed=seed)
         CHECKPOINTS.mkdir(exist_ok=True)
-        rounded = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+        state = model.state_dict()
+        rounded = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         torch.save(rounded, path)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import itertools
 import json
 import statistics
@@ -83,7 +84,7 @@ def measure(network: str, seed: int, budget: float, method: str, epochs: float, 
     return {
         "network": network, "seed": seed, "budget": budget, "method": method, "epochs": epochs, "before": before,
         "after": data.accuracy(module.eval()), "got": left / whole, "seconds": round(time.perf_counter() - started, 1),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -173,23 +174,25 @@ def write_page() -> None:
         "from the same checkpoints and have the same epochs in all, all phases included, the",
         "same recipe (SGD, Nesterov momentum 0.9, peak rate 0.05, cosine, batch 128, mirrored and moved pictures) and",
         "any width. *fitted*: layers are fitted again without labels after every cut (ours); else the method is as it",
-        "was published. `tp:` is Torch-Pruning. Minutes are those of a busy machine. Baselines were trained for "
+        "was published. `tp:` is Torch-Pruning. Minutes are those of a busy machine. Rows of an earlier date are",
+        "of another machine and of checkpoints trained there, with another accuracy before. Baselines were trained for "
         + ", ".join(f"{count} ({name})" for name, count in EPOCHS.items()) + " epochs.",
         "",
     ]  # fmt: skip
     for network, budget, epochs in sorted({key[:3] for key in grouped}, key=str):
         lines += [f"## {network}, {100 * budget:g}% of the FLOPs, {epochs:g} epochs", ""]
-        lines += ["| method | fitted | seeds | original | result | lost | FLOPs left | minutes |"]
-        lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        lines += ["| method | fitted | seeds | original | result | lost | FLOPs left | minutes | date |"]
+        lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
         own = {key[3]: found for key, found in grouped.items() if key[:3] == (network, budget, epochs)}
         for method, found in sorted(own.items(), key=lambda item: -_mean(item[1], "after") + _mean(item[1], "before")):
             name, _, plain = method.partition(":")
             fitted = "–" if name == "tp" or plain else "yes"
             before, after = _mean(found, "before"), _mean(found, "after")
             label = method if name == "tp" else name
+            date = max(row["date"] for row in found)
             lines.append(
                 f"| {label} | {fitted} | {len(found)} | {before:.2f} | {after:.2f} | {before - after:+.2f} | "
-                f"{100 * _mean(found, 'got'):.2f}% | {_mean(found, 'seconds') / 60:.1f} |"
+                f"{100 * _mean(found, 'got'):.2f}% | {_mean(found, 'seconds') / 60:.1f} | {date} |"
             )
         lines.append("")
     (RESULTS / "training.md").write_text("\n".join(lines))
