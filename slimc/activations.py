@@ -1,4 +1,4 @@
-"""Activations: values of the graph, streamed over batches without gradients."""
+"""Activations: values of the graph, streamed over batches."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from .gradients import batches_of, run_graph
+from .passes import batches_of, parts, run_graph
 from .samples import Batch
 from .scores import Subject
 
 Place = tuple[Node, Node]
 """An operand as a node sees it, before the node runs: (node, operand)."""
 See = Callable[[Tensor, Batch], None]
+_AT_ONCE = 8
+"""Samples of a pass: values of more do not stay in a processor's caches."""
 
 
 def watch(subject: Subject, places: Mapping[Place, See]) -> None:
-    """Run every batch through the original graph and show each watched operand as it goes by.
+    """Run every batch in parts through the original graph and show each watched operand as it goes by.
 
     A tensor may be overwritten later, so who wants to keep it copies it. Raises UsageError where there is no data.
     """
     samples = batches_of(subject)
-    run = _Watching(subject.types.captured.module, places)
+    run = Watching(subject.types.captured.module, places)
     with torch.no_grad():
         for number, batch in enumerate(samples.batches, 1):
-            run.batch = batch
-            run_graph(run, run.module, batch)
+            for part in parts(subject.types, batch, _AT_ONCE):
+                run.batch = part
+                run_graph(run, run.module, part)
             subject.tick(number, len(samples.batches))
 
 
-class _Watching(Interpreter):
+class Watching(Interpreter):
+    """Runs a graph and shows operands, without their gradients, together with the batch that they belong to."""
+
     def __init__(self, module: GraphModule, places: Mapping[Place, See]) -> None:
         super().__init__(module)
         self.batch: Batch | None = None
@@ -42,7 +47,7 @@ class _Watching(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """Show what the node is about to read."""
-        assert self.batch is not None
         for operand, see in self._watched.get(n, ()):
-            see(self.env[operand], self.batch)
+            assert self.batch is not None
+            see(self.env[operand].detach(), self.batch)
         return super().run_node(n)

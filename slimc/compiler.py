@@ -113,7 +113,7 @@ def compress(
     few = data is not None and calibration is not None and calibration.count < _FEW and method.needs != "labels"
     extra = _invented(analysis, seed, stages) if few and steps else None
     # What judges recovery is not scored on.
-    fit = calibration.split(recovery.JUDGED)[0] if calibration and steps else calibration
+    fit = recovery.set_aside(calibration)[0] if calibration and steps else calibration
     fit = fit.with_more(extra) if fit and extra else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
     options = How(normalise, select, alignment, round_to == "auto", tuple(analysis.matching(ignore)))

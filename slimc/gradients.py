@@ -6,27 +6,23 @@ the activations that a backward pass needs within a limit. Losses are means over
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
+from .activations import Place, See, Watching
 from .errors import UsageError
-from .graph.infer import Types, attribute, hint, tensors_of
+from .graph.infer import Types, attribute, hint
 from .graph.rule import operator_name
 from .losses import check_finite, loss_of
+from .passes import batches_of, is_view, parts, run_graph
 from .roles import Site
-from .samples import Batch, Samples
+from .samples import Batch
 from .scores import Loss, Subject
-
-ACTIVATION_LIMIT = 2**29
-"""Bytes of activations alive during a backward pass."""
-_PASSES = {"dropout", "contiguous", "to", "alias", "detach", "reshape", "flatten"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,6 @@ class Found:
 
     values: tuple[Tensor, ...]
     count: int
-
-
-def batches_of(subject: Subject) -> Samples:
-    """The samples; UsageError where there are none."""
-    if subject.samples is None or not subject.samples.batches:
-        raise UsageError("this scorer needs data: give --data, or data= in Python")
-    return subject.samples
 
 
 # -- gates --------------------------------------------------------------------------------------------
@@ -184,11 +173,16 @@ def _summed(each: Tensor, axis: int, rows: int | None) -> Tensor:
 
 
 def parameter_gradients(
-    subject: Subject, *, one_by_one: bool = False, names: Sequence[str] | None = None
+    subject: Subject,
+    *,
+    one_by_one: bool = False,
+    names: Sequence[str] | None = None,
+    places: Mapping[Place, See] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """The gradient of the loss by parameters, batch by batch, or sample by sample.
 
     names: those that matter, by the names of `Types.tensors`; all floating-point parameters if not given.
+    places: operands to show on the way, as `watch` does.
     Raises UsageError where labels or loss do not fit, or every gradient is zero.
     """
     samples, loss = batches_of(subject), loss_of(subject)
@@ -199,7 +193,8 @@ def parameter_gradients(
             "give an example input with a batch of 1"
         )
     chosen = [n for n, t in subject.types.weights.items() if subject.is_parameter(n) and t.is_floating_point()]
-    run = _Trained(subject, chosen if names is None else [name for name in chosen if name in set(names)])
+    chosen = chosen if names is None else [name for name in chosen if name in set(names)]
+    run = _Trained(subject, chosen, places or {})
     seen = False
     for number, batch in enumerate(samples.batches, 1):
         total: dict[str, Tensor] = {}
@@ -218,17 +213,18 @@ def parameter_gradients(
     check_seen(seen)
 
 
-class _Trained(Interpreter):
+class _Trained(Watching):
     """Runs the graph with copies of parameters that take gradients; the model's own stay out of it."""
 
-    def __init__(self, subject: Subject, names: Sequence[str]) -> None:
-        super().__init__(subject.types.captured.module)
+    def __init__(self, subject: Subject, names: Sequence[str], places: Mapping[Place, See]) -> None:
+        super().__init__(subject.types.captured.module, places)
         weights = subject.types.weights
         self._leaves = {name: weights[name].detach().requires_grad_() for name in names}
         self._by_id = {id(weights[name]): name for name in names}
 
     def gradients(self, batch: Batch, loss: Loss, number: int) -> dict[str, Tensor]:
         """Of the mean loss of some samples; zeros for a parameter that the loss does not see."""
+        self.batch = batch
         with torch.enable_grad():
             value = loss(run_graph(self, self.module, batch), batch.targets)
             check_finite(value.detach(), number)
@@ -251,58 +247,6 @@ class _Trained(Interpreter):
         return value.detach() if isinstance(value, Tensor) else value
 
 
-# -- shared -------------------------------------------------------------------------------------------
-
-
-def run_graph(run: Interpreter, module: Any, batch: Batch) -> Any:
-    """The model's outputs, as the model returns them; inputs are copied, since operators may write into them."""
-    leaves = pytree.tree_leaves((batch.example.args, batch.example.kwargs))
-    leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    with _same_random_state():
-        flat = run.run(*leaves, enable_io_processing=False)
-    return module.graph.process_outputs(flat)
-
-
-@contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield
-
-
-def parts(types: Types, batch: Batch, size: int | None = None) -> Iterator[Batch]:
-    """A batch cut so that a backward pass over each part stays within the limit; whole where the size is fixed."""
-    if types.captured.dynamic_shapes is None:
-        yield batch
-        return
-    size = size or max(1, ACTIVATION_LIMIT // max(1, _activation_bytes(types)))
-    count = -(-batch.count // size)
-    each = -(-batch.count // count)  # parts of about the same size
-    for start in range(0, batch.count, each):
-        yield batch[start : start + each]
-
-
-def _activation_bytes(types: Types) -> int:
-    """Bytes of all values that the graph computes, per sample."""
-    total = 0
-    for node in types.captured.module.graph.nodes:
-        if node.op == "call_function" and not _is_view(node):
-            value = node.meta.get("val")
-            values = value if isinstance(value, (tuple, list)) else [value]
-            for tensor, axes in zip(
-                [v for v in values if isinstance(v, Tensor)], tensors_of(types.values.get(node)), strict=False
-            ):
-                size = tensor.dtype.itemsize
-                for axis in axes:
-                    size *= len(axis)
-                total += size
-    return total // types.captured.batch
-
-
-def _is_view(node: Node) -> bool:
-    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else []
-    return operator_name(node) in ("getitem", *_PASSES) or bool(returns and returns[0].alias_info is not None)
-
-
 def _is_overwritten(node: Node) -> bool:
     """Whether an operator writes into a node's value later, directly or through a view."""
     for user in node.users:
@@ -311,7 +255,7 @@ def _is_overwritten(node: Node) -> bool:
                 return True
             continue
         first = user.args[0] if user.args else None
-        if first is node and (user.target._schema.is_mutable or (_is_view(user) and _is_overwritten(user))):
+        if first is node and (user.target._schema.is_mutable or (is_view(user) and _is_overwritten(user))):
             return True
     return False
 

@@ -21,11 +21,11 @@ from torch.nn import functional
 
 from .activations import Place, See, watch
 from .errors import UsageError
-from .gradients import batches_of
 from .graph.groups import Group
 from .graph.infer import attribute
 from .graph.rule import arguments, operator_name
 from .graph.terms import Terms
+from .passes import batches_of
 from .samples import Batch
 from .scores import Subject
 
@@ -82,29 +82,51 @@ class Reading:
 
 
 def readings(subject: Subject, method: str) -> list[Reading]:
-    """Run the data once and sample what every convolution and linear layer reads.
+    """Run the data once and sample what every convolution and linear layer reads; raises what `Sampling` raises."""
+    sampling = Sampling(subject, method)
+    watch(subject, sampling.places)
+    return sampling.readings()
+
+
+class Sampling:
+    """Samples what every convolution and linear layer reads in a pass that shows it `places`.
 
     Depthwise convolutions read nothing in this sense: each of their channels goes with its input. Raises UsageError
     where there is no data, or no layer that can be sampled.
     """
-    sampled: dict[Node, list[Tensor]] = {}
-    layers = [node for node in subject.types.captured.module.graph.nodes if _is_layer(subject, node)]
-    if not layers:
-        raise UsageError(f"--scorer {method} needs convolutions or linear layers that read channels; there are none")
-    samples = batches_of(subject)
-    each = max(1, min(POSITIONS, _ROWS // samples.count))
-    seeds: dict[int, list[int]] = {}
 
-    def sampling(node: Node, number: int) -> See:
+    places: dict[Place, See]
+
+    def __init__(self, subject: Subject, method: str) -> None:
+        self._subject = subject
+        self._layers = [node for node in subject.types.captured.module.graph.nodes if _is_layer(subject, node)]
+        if not self._layers:
+            raise UsageError(
+                f"--scorer {method} needs convolutions or linear layers that read channels; there are none"
+            )
+        self._each = max(1, min(POSITIONS, _ROWS // batches_of(subject).count))
+        self._sampled: dict[Node, list[Tensor]] = {node: [] for node in self._layers}
+        self._batch: Batch | None = None
+        self._seeds: list[int] = []
+        self.places = {(node, node.args[0]): self._seeing(node, i) for i, node in enumerate(self._layers)}
+
+    def _seeing(self, node: Node, number: int) -> See:
         def see(value: Tensor, batch: Batch) -> None:
-            known = seeds.setdefault(id(batch), _seeds(batch, subject.seed))
-            sampled.setdefault(node, []).append(_sample(node, value, [(seed, number) for seed in known], each))
+            if batch is not self._batch:
+                self._batch, self._seeds = batch, _seeds(batch, self._subject.seed)
+            seeds = [(seed, number) for seed in self._seeds]
+            self._sampled[node].append(_sample(node, value, seeds, self._each))
 
         return see
 
-    places: dict[Place, See] = {(node, node.args[0]): sampling(node, i) for i, node in enumerate(layers)}
-    watch(subject, places)
-    return [reading for node in layers for reading in _split(subject, node, torch.cat(sampled[node]))]
+    @property
+    def parameters(self) -> list[str]:
+        """The layers' weights by name, those that are parameters."""
+        return sorted({name for node in self._layers if (name := _parameter(self._subject, node))})
+
+    def readings(self) -> list[Reading]:
+        """What was sampled."""
+        return [r for node in self._layers for r in _split(self._subject, node, torch.cat(self._sampled[node]))]
 
 
 def _is_layer(subject: Subject, node: Node) -> bool:
@@ -193,12 +215,18 @@ def _split(subject: Subject, node: Node, rows: Tensor) -> Iterator[Reading]:
     axes = subject.types.values[node.args[0]]  # type: ignore[index]
     groups = 1 if operator_name(node) == "linear" else int(call["groups"])
     factors = subject.types.solution.factors(axes[-1] if operator_name(node) == "linear" else axes[1])
-    first = {alias: name for name, aliases in subject.types.aliases.items() for alias in aliases}
-    name = first.get(str(source.target), str(source.target)) if source.op == "get_attr" else ""
+    name = _parameter(subject, node)
     inputs, outputs = len(factors) // groups, len(weight) // groups
     for number in range(groups):
         read, made = (slice(number * size, (number + 1) * size) for size in (inputs, outputs))
         yield Reading(rows[:, read], weight[made], factors[read], name, made)
+
+
+def _parameter(subject: Subject, node: Node) -> str:
+    """The name of a layer's weight; empty if it is computed from others."""
+    source = arguments(node)["weight"]
+    first = {alias: name for name, aliases in subject.types.aliases.items() for alias in aliases}
+    return first.get(str(source.target), str(source.target)) if source.op == "get_attr" else ""
 
 
 def _value(module: torch.nn.Module, node: Node) -> Tensor:

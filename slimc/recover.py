@@ -24,8 +24,8 @@ from .graph.resize import Cut
 from .registry import Registry
 from .samples import Samples
 
-JUDGED = 0.2
-"""The share of the samples by which steps are judged; the others are fitted on."""
+_JUDGED, _ENOUGH = 0.2, 64
+"""Steps are judged by this share of the samples, by no more than so many; the others are fitted on."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ class Verdict:
         """Whether neither the outputs on the whole nor the classes are further off than by another verdict."""
         told = self.divergence is None or other.divergence is None or self.divergence <= other.divergence
         return told and self.distance <= other.distance
+
+
+def set_aside(samples: Samples) -> tuple[Samples, Samples]:
+    """Samples to fit on, and those to judge by; raises UsageError where there are too few of them."""
+    return samples.split(min(_JUDGED, _ENOUGH / max(1, samples.count)))
 
 
 class Judge:

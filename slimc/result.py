@@ -113,7 +113,7 @@ class Compressed:
 
         extra: made up, to fit on as well, never to judge by.
         """
-        fitted, judged = samples.split(recover.JUDGED)
+        fitted, judged = recover.set_aside(samples)
         fitted = fitted.with_more(extra) if extra else fitted
         self.synchronise()
         with self.stages.stage("recover"), evaluating(self.graph):

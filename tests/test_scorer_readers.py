@@ -146,7 +146,7 @@ def test_a_coefficient_is_zero_beyond_its_score_and_not_before() -> None:
 def part(rows: Tensor, weight: Tensor) -> Part:
     residual = rows.flatten(1) @ weight.flatten(1).T
     pull = (rows.flatten(1).T @ residual).reshape(rows.shape[1], rows.shape[2], -1)
-    return Part(rows, weight, np.arange(rows.shape[1]), residual, pull, torch.zeros_like(pull))
+    return Part(rows, weight, np.arange(rows.shape[1]), residual, -pull / residual.numel())
 
 
 def test_dcp_without_labels_first_picks_the_channel_that_sees_most_of_the_output() -> None:
@@ -164,7 +164,8 @@ def test_dcp_leaves_no_error_when_all_are_picked_and_keeps_its_inner_products() 
     reader = part(torch.randn(50, 6, 1).double(), torch.randn(4, 6, 1).double())
     for channel in (3, 1, 5):
         reader.take(np.array([channel]))
-    torch.testing.assert_close(reader.pull, torch.einsum("rck,ro->cko", reader.rows, reader.residual))
+    pull = torch.einsum("rck,ro->cko", reader.rows, reader.residual)
+    torch.testing.assert_close(reader.gradient, -pull / reader.residual.numel())
     for channel in (0, 2, 4):
         reader.take(np.array([channel]))
     assert float(reader.residual.abs().max()) < 1e-12

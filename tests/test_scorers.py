@@ -61,7 +61,7 @@ def test_what_the_batches_hold_matters(name: str) -> None:
 @pytest.mark.parametrize("name", LABELS)
 def test_parts_that_fit_in_memory_give_the_whole_batchs_score(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(name, "vit")
-    monkeypatch.setattr("slimc.gradients.ACTIVATION_LIMIT", 1)
+    monkeypatch.setattr("slimc.passes.ACTIVATION_LIMIT", 1)
     assert_same(run(name, "vit"), whole)
 
 

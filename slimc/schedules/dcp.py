@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slimc import scores
+from slimc.activations import watch
 from slimc.errors import UsageError
 from slimc.losses import loss_of, output_shape
-from slimc.readings import readings
-from slimc.scorers.dcp import picked, read_by
+from slimc.readings import Sampling
+from slimc.scorers.dcp import picked
 from slimc.scores import Scores, Subject
 from slimc.training.features import channel_axis, last_places
 from slimc.training.loop import Hooks, restored_modes
@@ -100,11 +101,12 @@ def discriminating(run: Run) -> Scores:
     assert heads is not None
 
     def score(subject: Subject) -> list[Scores]:
-        layers, loss = readings(subject, "dcp"), loss_of(subject)
+        sampling, loss = Sampling(subject, "dcp"), loss_of(subject)
+        watch(subject, sampling.places)
         assert subject.samples is not None
         with restored_modes(module):
             module.eval()
-            gradients = heads.gradients(subject.samples.batches, read_by(layers), loss)
-        return picked(subject, layers, gradients)
+            gradients = heads.gradients(subject.samples.batches, sampling.parameters, loss)
+        return picked(subject, sampling.readings(), gradients)
 
     return run.score(replace(scores.find("dcp"), score=score))

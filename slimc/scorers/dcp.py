@@ -19,7 +19,7 @@ from torch import Tensor
 from slimc.gradients import parameter_gradients
 from slimc.graph.groups import Group
 from slimc.graph.terms import Terms
-from slimc.readings import Reading, readings, running_worst
+from slimc.readings import Reading, Sampling, running_worst
 from slimc.scores import Scores, Subject, scorer
 
 _ROUNDS = 64
@@ -40,20 +40,14 @@ def dcp(subject: Subject) -> list[Scores]:
     Gradient norms are summed over outputs (of each kernel's Frobenius norm) and over readers. Groups that no plain
     convolution or linear layer reads have no score.
     """
-    layers = readings(subject, "dcp")
-    names = read_by(layers)
+    sampling = Sampling(subject, "dcp")
     gradients: dict[str, Tensor] = {}
     batches = 0
-    for found in parameter_gradients(subject, names=names):
+    for found in parameter_gradients(subject, names=sampling.parameters, places=sampling.places):
         for name, gradient in found.items():
             gradients[name] = gradient if name not in gradients else gradients[name].add_(gradient)
         batches += 1
-    return picked(subject, layers, {name: gradient / batches for name, gradient in gradients.items()})
-
-
-def read_by(layers: list[Reading]) -> list[str]:
-    """The weights whose gradients choose."""
-    return sorted({layer.parameter for layer in layers if layer.parameter})
+    return picked(subject, sampling.readings(), {name: gradient / batches for name, gradient in gradients.items()})
 
 
 def picked(subject: Subject, layers: list[Reading], gradients: dict[str, Tensor]) -> list[Scores]:
@@ -71,21 +65,19 @@ class Part:
 
     rows: [rows, channels, kernel]; weight: [outputs, channels, kernel]; members: [channels] places in the group.
     residual: [rows, outputs] what the picked channels leave of the group's contribution.
-    pull: [channels, kernel, outputs] inner products of rows and residual, kept up to date.
-    discrimination: [channels, kernel, outputs] the gradient of the loss.
+    gradient: [channels, kernel, outputs] of the loss plus half the mean squared residual, kept up to date.
     """
 
     rows: Tensor
     weight: Tensor
     members: Terms
     residual: Tensor
-    pull: Tensor
-    discrimination: Tensor
+    gradient: Tensor
 
     def norms(self) -> Tensor:
         """[channels] the gradient's norm: Frobenius over a kernel, summed over outputs."""
-        gradient = self.discrimination - self.pull / self.residual.numel()
-        return gradient.square().sum(1).sqrt().sum(1)
+        norms: Tensor = torch.linalg.vector_norm(self.gradient, dim=1).sum(1)
+        return norms
 
     def take(self, channels: Terms) -> None:
         """Bring channels in with their trained weights."""
@@ -93,7 +85,7 @@ class Part:
         rows, weight = self.rows[:, index].flatten(1), self.weight[:, index].flatten(1)
         self.residual -= rows @ weight.T
         cross = self.rows.flatten(1).T @ rows
-        self.pull -= (cross @ weight.T).reshape(self.pull.shape)
+        self.gradient.view(-1, self.gradient.shape[2]).addmm_(cross, weight.T, alpha=1 / self.residual.numel())
 
 
 def _part(layer: Reading, group: Group, gradients: dict[str, Tensor]) -> Part | None:
@@ -111,7 +103,8 @@ def _part(layer: Reading, group: Group, gradients: dict[str, Tensor]) -> Part | 
         gradient = gradient[outputs][:, chosen]
     residual = rows.flatten(1) @ weight.flatten(1).T
     pull = (rows.flatten(1).T @ residual).reshape(len(chosen), -1, len(outputs))
-    return Part(rows, weight, members[chosen], residual, pull, gradient.permute(1, 2, 0))
+    gradient = (gradient.permute(1, 2, 0) - pull / residual.numel()).contiguous()
+    return Part(rows, weight, members[chosen], residual, gradient)
 
 
 def pick(parts: list[Part], width: int) -> Scores:

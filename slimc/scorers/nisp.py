@@ -13,8 +13,8 @@ from torch.fx import Node
 from slimc.absolute import Absolute, feature_axis
 from slimc.activations import See, watch
 from slimc.errors import UsageError
-from slimc.gradients import batches_of
 from slimc.graph.rule import operator_name
+from slimc.passes import batches_of
 from slimc.roles import CONVOLUTIONS, gated, joint, readers
 from slimc.samples import Batch
 from slimc.scores import Scores, Subject, scorer
