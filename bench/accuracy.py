@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import itertools
 import json
 import time
@@ -74,6 +75,7 @@ def measure(
         "network": network, "seed": seed, "scorer": scorer, "budget": budget, "samples": samples, "recover": recover,
         "before": before, "cut": cut, "recovered": recovered, "finetuned": tuned, "got": got,
         "seconds": round(seconds, 1), "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -134,10 +136,10 @@ def write_page() -> None:
         "Percent right on 10,000 validation pictures that nothing was fitted on, means over seeds. *cut*: right after",
         "the removal; *recovered*: after recovery without labels on so many training pictures (0: none, pictures are",
         "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels. Any width",
-        "(`--round-to 1`).",
+        "(`--round-to 1`). Dates are those of the last row of each line; earlier ones are of another machine.",
         "",
-        "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned |",
-        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned | date |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for (network, scorer, budget, samples, recover), found in sorted(grouped.items(), key=lambda item: str(item[0])):
         before, cut, recovered, tuned = (
@@ -145,7 +147,10 @@ def write_page() -> None:
         )
         lost = None if before is None or recovered is None else before - recovered
         numbers = " | ".join("–" if n is None else f"{n:.2f}" for n in (before, cut, recovered, lost, tuned))
-        lines.append(f"| {network} | {scorer} | {budget:g} | {samples} | {recover} | {len(found)} | {numbers} |")
+        date = max(row["date"] for row in found)
+        lines.append(
+            f"| {network} | {scorer} | {budget:g} | {samples} | {recover} | {len(found)} | {numbers} | {date} |"
+        )
     (RESULTS / "accuracy.md").write_text("\n".join(lines) + "\n")
 
 

@@ -1,19 +1,33 @@
-"""Choose channels: score them, put groups on one footing, plan widths within every budget."""
+"""Choose channels: score them, put groups on one footing, plan widths within every budget.
+
+Where layers can be fitted again, the budget is met in steps: a part of the way is cut, the layers are fitted, and what
+is left is scored as it then is, since a channel matters more once those that could stand in for it are gone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
-from . import planner, scores
+from . import planner, recover, scores
 from .analysis import Analysis, Stages
 from .errors import UsageError
+from .graph.groups import Grouping
 from .graph.resize import Cut
+from .graph.shrink import shrink
 from .report import Selection
+from .rewrite import rewrite
+from .samples import Samples
+from .scores import Scores, Subject
 
 SELECT = ("greedy", "exact")
+_BETWEEN = "reconstruct"
+_STEP, _MOST_STEPS = 0.8, 3
+"""Each step leaves about this share of what the one before left, where that makes no more steps than so many."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +35,14 @@ class Chosen:
     """What stays.
 
     unscored: groups that the scorer says nothing of, which stay whole. selection: None where the greedy ranking chose.
+    steps: in how many cuts.
     """
 
     cut: Cut
     choice: planner.Choice
     unscored: tuple[int, ...]
     selection: Selection | None
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -46,51 +62,101 @@ def check_select(select: str) -> None:
         raise UsageError(f"--select {select}: known are {' and '.join(SELECT)}")
 
 
+@dataclass(frozen=True)
+class _Ranking:
+    """Scores of the channels that are left, on one footing.
+
+    valued: before they were divided by costs or ranked in classes. kept_whole: groups that stay whole.
+    """
+
+    grouping: Grouping
+    ranked: list[Scores]
+    valued: list[Scores]
+    unscored: tuple[int, ...]
+    kept_whole: tuple[int, ...]
+
+
 def choose(
-    analysis: Analysis, method: scores.Method, subject: scores.Subject, limits: Mapping[str, float], how: How,
-    stages: Stages,
+    analysis: Analysis, method: scores.Method, subject: Subject, limits: Mapping[str, float], how: How, stages: Stages,
+    between: Samples | None = None,
 ) -> Chosen:  # fmt: skip
-    """The channels that stay within the limits; raises UnreachableTarget."""
+    """The channels that stay within the limits; raises UnreachableTarget.
+
+    between: samples to fit layers on between steps; without them, and where selection is exact, there is one step.
+    """
+    count = _steps(analysis, limits) if between is not None and how.select == "greedy" else 1
+    alive = np.ones(analysis.types.solution.variables, np.bool_)
     with stages.stage("score"):
-        found = method.score(subject)
-        footing = method.normalisation if how.normalise == "auto" else how.normalise
-        ranked = valued = scores.normalise(found, footing)
-        if footing == "cost":
-            ranked = planner.per_cost(ranked, analysis, limits)
-        elif footing == "isomorphic":
-            ranked = planner.isomorphic(ranked, analysis)
+        ranking = _rank(analysis, method, subject, limits, how)
+        for step in range(1, count):
+            _planned(analysis, ranking, limits, how)  # raises now where the budget cannot be met
+            choice = _planned(analysis, ranking, planner.on_the_way(analysis.full, limits, step / count), how)
+            how = replace(how, alignment=choice.round_to)
+            stages.detail(f"step {step + 1} of {count}")
+            assert between is not None
+            subject = _fitted(analysis, _remove(analysis, alive, ranking, choice), subject, between)
+            ranking = _rank(analysis, method, subject, limits, how)
     with stages.stage("plan"):
-        unscored = scores.unscored(found)
-        kept_whole = [*how.ignored, *unscored]
-        choice = planner.plan(
-            analysis.grouping, analysis.cost, ranked, limits,
-            round_to=how.alignment, may_relax=how.may_relax, ignored=kept_whole,
-        )  # fmt: skip
-        selection = None
+        choice, selection = _planned(analysis, ranking, limits, how), None
         if how.select == "exact":
-            choice, selection = _exactly(analysis, valued, limits, choice, kept_whole)
-        return Chosen(_cut(analysis, choice), choice, tuple(unscored), selection)
+            choice, selection = _exactly(analysis, ranking, limits, choice)
+        return Chosen(_remove(analysis, alive, ranking, choice), choice, ranking.unscored, selection, count)
+
+
+def _rank(
+    analysis: Analysis, method: scores.Method, subject: Subject, limits: Mapping[str, float], how: How
+) -> _Ranking:
+    found = method.score(subject)
+    footing = method.normalisation if how.normalise == "auto" else how.normalise
+    ranked = valued = scores.normalise(found, footing)
+    if footing == "cost":
+        widths = np.array([group.width for group in subject.grouping.groups], np.int64)
+        ranked = planner.per_cost(ranked, analysis, limits, widths)
+    elif footing == "isomorphic":
+        ranked = planner.isomorphic(ranked, analysis)
+    unscored = tuple(scores.unscored(found))
+    return _Ranking(subject.grouping, ranked, valued, unscored, (*how.ignored, *unscored))
+
+
+def _planned(analysis: Analysis, ranking: _Ranking, limits: Mapping[str, float], how: How) -> planner.Choice:
+    return planner.plan(
+        ranking.grouping, analysis.cost, ranking.ranked, limits, round_to=how.alignment, may_relax=how.may_relax,
+        ignored=ranking.kept_whole, protected=planner.protected(analysis.grouping),
+    )  # fmt: skip
+
+
+def _remove(analysis: Analysis, alive: npt.NDArray[np.bool_], ranking: _Ranking, choice: planner.Choice) -> Cut:
+    """What is left when channels that were not chosen are marked in `alive` as gone."""
+    for group, kept in zip(ranking.grouping.groups, choice.kept, strict=True):
+        alive[group.variables] = False
+        alive[group.variables[kept]] = True
+    return Cut(analysis.types, alive.copy())
+
+
+def _steps(analysis: Analysis, limits: Mapping[str, float]) -> int:
+    """How many steps the budget that takes most away is worth."""
+    least = min(limit / getattr(analysis.full, planner.METRIC[metric]) for metric, limit in limits.items())
+    return min(_MOST_STEPS, max(1, round(math.log(least) / math.log(_STEP)))) if least < 1 else 1
 
 
 def _exactly(
-    analysis: Analysis,
-    valued: Sequence[scores.Scores],
-    limits: Mapping[str, float],
-    greedy: planner.Choice,
-    ignored: Sequence[int],
+    analysis: Analysis, ranking: _Ranking, limits: Mapping[str, float], greedy: planner.Choice
 ) -> tuple[planner.Choice, Selection]:
     """Widths by exact selection, from the greedy ones on, and how much score each keeps."""
     from . import exact  # scipy takes long to import
 
-    search = planner.Search(analysis.grouping, analysis.cost, valued, limits, greedy.round_to, frozenset(ignored), None)
+    ignored = frozenset(ranking.kept_whole)
+    search = planner.Search(ranking.grouping, analysis.cost, ranking.valued, limits, greedy.round_to, ignored, None)
     widths = exact.improve(search, greedy.widths)
     before, after = (exact.share_kept(search, own) for own in (greedy.widths, widths))
     return search.result(widths), Selection("exact", before, after)
 
 
-def _cut(analysis: Analysis, choice: planner.Choice) -> Cut:
-    alive = np.ones(analysis.types.solution.variables, np.bool_)
-    for group, kept in zip(analysis.groups, choice.kept, strict=True):
-        alive[group.variables] = False
-        alive[group.variables[kept]] = True
-    return Cut(analysis.types, alive)
+def _fitted(analysis: Analysis, cut: Cut, subject: Subject, samples: Samples) -> Subject:
+    """What a scorer sees of the network with a cut whose layers were fitted again."""
+    types = analysis.types
+    slim, whole = rewrite(types, cut), types.captured.module
+    task = recover.Task(whole, slim.module, slim.twins, types, cut, samples, subject.seed, analysis.work, subject.tick)
+    recover.find(_BETWEEN).run(task)
+    smaller, grouping = shrink(types, analysis.grouping, cut, slim.module, slim.twins)
+    return replace(subject, types=smaller, grouping=grouping)

@@ -117,9 +117,12 @@ def compress(
     fit = fit.with_more(extra) if fit and extra else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
     options = How(normalise, select, alignment, round_to == "auto", tuple(analysis.matching(ignore)))
-    chosen = choose(analysis, method, subject, limits, options, stages)
+    chosen = choose(analysis, method, subject, limits, options, stages, fit if "reconstruct" in steps else None)
     choice = chosen.choice
-    how = {"scorer": method.name, "norm": norm, "schedule": "one-shot", "round_to": choice.round_to, "seed": seed}
+    how = {
+        "scorer": method.name, "norm": norm, "schedule": "one-shot", "steps": chosen.steps,
+        "round_to": choice.round_to, "seed": seed,
+    }  # fmt: skip
     facts = facts_of(model, targets, limits, how)
     results = results_of(limits, analysis.full, choice.costs)
     described = Method(method.name, "one-shot", choice.round_to, seed)

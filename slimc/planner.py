@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 CostOf = Callable[[Widths], Costs]
 METRIC = {"flops": "macs", "params": "params", "size": "size", "memory": "memory"}
 _PROTECTED = 0.1
-"""The best tenth of each group goes last, so that no layer collapses while others can still give."""
 
 _SMALL_SHARE = 1e-9
 
@@ -65,8 +64,8 @@ def plan(
     limits: metric to the largest value allowed, per sample.
     round_to: axes are cut to multiples of this; with `may_relax` a smaller power of two is taken where the
         limits cannot be met otherwise.
-    ignored: numbers of groups that stay whole. protected: how many channels of each group go last, so that no layer
-        collapses while others can still give; a tenth if not given.
+    ignored: numbers of groups that stay whole. protected: how many channels of each group go last; a tenth (see
+        `protected`) if not given.
     Raises UnreachableTarget with the smallest reachable value.
     """
     attempt = round_to
@@ -104,6 +103,17 @@ def _up(share: float) -> str:
     """A share in four digits, never below the share itself, so that it can be asked for."""
     scale = 10 ** (3 - math.floor(math.log10(share))) if share > 0 else 1
     return f"{math.ceil(share * scale) / scale:.12g}"
+
+
+def protected(grouping: Grouping) -> list[int]:
+    """The best tenth of each group goes last, so that no layer collapses while others can still give."""
+    return [math.ceil(_PROTECTED * group.width) for group in grouping.groups]
+
+
+def on_the_way(full: Costs, limits: Mapping[str, float], progress: float) -> dict[str, float]:
+    """Limits at a part of the way from the whole model (0) to the budgets (1): each step leaves the same share."""
+    wholes = {metric: float(getattr(full, METRIC[metric])) for metric in limits}
+    return {metric: wholes[metric] * (limit / wholes[metric]) ** progress for metric, limit in limits.items()}
 
 
 def per_cost(

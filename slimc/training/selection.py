@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,8 +13,6 @@ from slimc.scores import Scores
 
 from .network import Alive, Network
 
-_PROTECTED = 0.1
-
 
 class Selection:
     """Choices for one network. limits: metric to the largest value allowed; ignored: groups that stay whole."""
@@ -26,7 +23,7 @@ class Selection:
         self.network, self.limits = network, limits
         self._round_to, self._may_relax, self._ignored = round_to, may_relax, tuple(ignored)
         # Of each group as it was at first: no layer collapses, however many cuts there are.
-        self._protected = [math.ceil(_PROTECTED * group.width) for group in network.analysis.groups]
+        self._protected = planner.protected(network.analysis.grouping)
 
     def meets(self, alive: Alive) -> bool:
         """Whether every budget holds with these channels."""
@@ -44,10 +41,9 @@ class Selection:
         own = [total[group.variables] for group in grouping.groups]
         if per_cost:
             own = planner.per_cost(own, self.network.analysis, self.limits, self.network.widths)
-        limits = {}
-        for metric, limit in self.limits.items():
-            whole = float(getattr(self.network.analysis.full, planner.METRIC[metric]))
-            limits[metric] = whole * (limit / whole) ** progress if progress < 1 else limit
+        limits = self.limits
+        if progress < 1:
+            limits = planner.on_the_way(self.network.analysis.full, limits, progress)
         choice = planner.plan(
             grouping, self.network.analysis.cost, scores.normalise(own, "none"), limits,
             round_to=self._round_to, may_relax=self._may_relax,

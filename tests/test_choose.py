@@ -1,0 +1,86 @@
+"""Choosing in steps: what is left is fitted and scored again before more goes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from convnet import noise, seeded
+from scoring import ResNet
+from torch import Tensor, nn
+
+import slimc
+from slimc import choose
+from slimc.analysis import analyse
+from slimc.errors import UnreachableTarget
+
+
+class Twins(nn.Module):
+    """Four hidden channels: the last two compute the same, each with a smaller weight behind it than the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(4, 1, bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]))
+            self.b.weight.copy_(torch.tensor([[0.70, 0.80, 0.60, 0.50]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))  # type: ignore[no-any-return]
+
+
+def kept(model: nn.Module, **options: Any) -> list[int]:
+    """Which hidden channels stay, by the row of the first weight."""
+    inputs = noise(64, 3, seed=3)
+    slim = slimc.compress(model, inputs[:2], round_to=1, data=[inputs], **options)
+    return list(slim.plan.kept["a.weight"][0])
+
+
+def test_a_channel_whose_stand_in_is_gone_is_scored_with_what_it_took_over() -> None:
+    # By magnitude the twins go first, both of them: 0.5 and 0.6 are the smallest. With a step between, the one that
+    # stays has taken over its twin's part, 1.1, and the smallest is then 0.7.
+    together: dict[str, Any] = {"scorer": "magnitude", "flops": 0.5}
+    assert kept(Twins(), recover="bias", **together) == [0, 1]
+    assert kept(Twins(), recover="reconstruct", **together) == [1, 2]
+
+
+def test_steps_follow_from_how_much_goes() -> None:
+    analysis = analyse(seeded(ResNet), noise(2, 3, 8, 8))
+    full = analysis.full
+    counts = [choose._steps(analysis, {"flops": share * full.macs}) for share in (1.2, 0.9, 0.7, 0.5, 0.01)]
+    assert counts == [1, 1, 2, 3, 3]
+    assert choose._steps(analysis, {"flops": 0.9 * full.macs, "params": 0.5 * full.params}) == 3
+
+
+@pytest.mark.parametrize("scorer", ["obs", "magnitude", "fisher", "thinet"])
+def test_steps_end_within_the_budget_on_aligned_widths(scorer: str) -> None:
+    data = [(noise(32, 3, 8, 8, seed=5), torch.randint(5, (32,), generator=torch.Generator().manual_seed(0)))]
+    slim = slimc.compress(
+        seeded(ResNet), noise(2, 3, 8, 8), flops=0.5, scorer=scorer, data=data, round_to=2, recover="reconstruct"
+    )
+    assert slim.plan.method["steps"] == 3
+    assert slim.report.verification is not None
+    found = slimc.inspect(slim.module, noise(2, 3, 8, 8)).macs / slim.analysis.full.macs
+    assert 0.25 < found <= 0.5
+    assert all(row.kept % 2 == 0 or row.kept == row.width for row in slim.report.groups)
+
+
+def test_a_budget_out_of_reach_is_told_as_a_share_of_the_whole_model() -> None:
+    model, inputs = seeded(ResNet), noise(2, 3, 8, 8)
+    together: dict[str, Any] = {"data": [noise(32, 3, 8, 8)], "recover": "reconstruct", "round_to": 1}
+    with pytest.raises(UnreachableTarget, match="smallest that can be reached is") as refused:
+        slimc.compress(model, inputs, flops=0.001, **together)
+    words = str(refused.value).split()
+    least = float(words[words.index("reached") + 2])
+    assert 0.001 < least < 0.5
+    slim = slimc.compress(model, inputs, flops=math.nextafter(least, 1), **together)
+    assert slim.report.targets["flops"].met
+
+
+def test_one_step_where_nothing_is_fitted_or_selection_is_exact() -> None:
+    data = [noise(32, 3, 8, 8, seed=5)]
+    for options in ({"recover": "none"}, {"recover": "bn"}, {"select": "exact", "recover": "reconstruct"}):
+        slim = slimc.compress(seeded(ResNet), noise(2, 3, 8, 8), flops=0.5, data=data, **options)  # type: ignore[arg-type]
+        assert slim.plan.method["steps"] == 1
