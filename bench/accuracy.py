@@ -138,7 +138,8 @@ def write_page() -> None:
         "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels. Any width",
         "(`--round-to 1`). Dates are those of the last row of each line; earlier ones are of another machine.",
         "",
-        "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned | date |",
+        "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned "
+        "| date |",
         "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for (network, scorer, budget, samples, recover), found in sorted(grouped.items(), key=lambda item: str(item[0])):

@@ -30,7 +30,7 @@ _MOST, _MOST_INVENTED = 2e13, 4e12
 """Work of a whole distillation: made-up samples are worth less of it."""
 _FEWEST_EPOCHS = 5
 _RATE = 1e-3
-_BATCH = 64
+_BATCH = 32
 _WARMUP = 0.1
 _PASTED, _BLENDED = 0.75, 0.5
 """The share of batches of pictures that are pasted into each other (others are blended); of other floats, blended."""
