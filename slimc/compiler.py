@@ -117,7 +117,9 @@ def compress(
     fit = fit.with_more(extra) if fit and extra else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
     options = How(normalise, select, alignment, round_to == "auto", tuple(analysis.matching(ignore)))
-    chosen = choose(analysis, method, subject, limits, options, stages, fit if "reconstruct" in steps else None)
+    # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples.
+    between = fit if data is not None and "reconstruct" in steps else None
+    chosen = choose(analysis, method, subject, limits, options, stages, between)
     choice = chosen.choice
     how = {
         "scorer": method.name, "norm": norm, "schedule": "one-shot", "steps": chosen.steps,

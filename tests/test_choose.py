@@ -79,8 +79,17 @@ def test_a_budget_out_of_reach_is_told_as_a_share_of_the_whole_model() -> None:
     assert slim.report.targets["flops"].met
 
 
-def test_one_step_where_nothing_is_fitted_or_selection_is_exact() -> None:
-    data = [noise(32, 3, 8, 8, seed=5)]
-    for options in ({"recover": "none"}, {"recover": "bn"}, {"select": "exact", "recover": "reconstruct"}):
-        slim = slimc.compress(seeded(ResNet), noise(2, 3, 8, 8), flops=0.5, data=data, **options)  # type: ignore[arg-type]
-        assert slim.plan.method["steps"] == 1
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recover": "none"},
+        {"recover": "bn"},
+        {"recover": "reconstruct", "select": "exact"},
+        {"recover": "reconstruct", "data": None},
+    ],
+    ids=str,
+)
+def test_one_step_where_nothing_is_fitted_or_samples_are_made_up_or_selection_is_exact(options: dict[str, Any]) -> None:
+    given = {"data": [noise(32, 3, 8, 8, seed=5)], **options}
+    slim = slimc.compress(seeded(ResNet), noise(2, 3, 8, 8), flops=0.5, **given)
+    assert slim.plan.method["steps"] == 1
