@@ -121,7 +121,7 @@ def _rank(
 def _planned(analysis: Analysis, ranking: _Ranking, limits: Mapping[str, float], how: How) -> planner.Choice:
     return planner.plan(
         ranking.grouping, analysis.cost, ranking.ranked, limits, round_to=how.alignment, may_relax=how.may_relax,
-        ignored=ranking.kept_whole, protected=planner.protected(analysis.grouping),
+        ignored=ranking.kept_whole, protected=planner.last_to_go(analysis.grouping),
     )  # fmt: skip
 
 

@@ -64,8 +64,8 @@ def plan(
     limits: metric to the largest value allowed, per sample.
     round_to: axes are cut to multiples of this; with `may_relax` a smaller power of two is taken where the
         limits cannot be met otherwise.
-    ignored: numbers of groups that stay whole. protected: how many channels of each group go last; a tenth (see
-        `protected`) if not given.
+    ignored: numbers of groups that stay whole. protected: how many channels of each group go last (`last_to_go`, if
+        not given).
     Raises UnreachableTarget with the smallest reachable value.
     """
     attempt = round_to
@@ -105,8 +105,8 @@ def _up(share: float) -> str:
     return f"{math.ceil(share * scale) / scale:.12g}"
 
 
-def protected(grouping: Grouping) -> list[int]:
-    """The best tenth of each group goes last, so that no layer collapses while others can still give."""
+def last_to_go(grouping: Grouping) -> list[int]:
+    """How many channels of each group go last: a tenth, so that no layer collapses while others can still give."""
     return [math.ceil(_PROTECTED * group.width) for group in grouping.groups]
 
 
@@ -184,7 +184,7 @@ class Search:
         self.cost, self.limits, self.round_to = cost, limits, round_to
         self.full = np.array([group.width for group in grouping.groups], np.int64)
         self.step = steps(grouping, round_to)
-        self.protected = np.ceil(_PROTECTED * self.full) if protected is None else np.array(protected)
+        self.protected = np.array(last_to_go(grouping) if protected is None else protected)
         floor = np.array([group.floor for group in grouping.groups], np.int64)
         self.smallest = np.minimum(self.full, np.maximum(floor, np.where(floor > 0, self.step, 0)))
         for number in ignored:

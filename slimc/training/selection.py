@@ -23,7 +23,7 @@ class Selection:
         self.network, self.limits = network, limits
         self._round_to, self._may_relax, self._ignored = round_to, may_relax, tuple(ignored)
         # Of each group as it was at first: no layer collapses, however many cuts there are.
-        self._protected = planner.protected(network.analysis.grouping)
+        self._protected = planner.last_to_go(network.analysis.grouping)
 
     def meets(self, alive: Alive) -> bool:
         """Whether every budget holds with these channels."""
