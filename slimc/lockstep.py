@@ -91,7 +91,8 @@ def sweep(
 ) -> None:
     """Run one graph and visit each node that is `wanted` once it has run, while its inputs are still there."""
     nodes = _computed(module)
-    frontier, waiting = Frontier(module, ()), _Waiting(module, samples, 1)
+    # Half of the memory: what visits keep of each layer needs the other half in large models.
+    frontier, waiting = Frontier(module, ()), _Waiting(module, samples, 2)
     for place, node in enumerate(nodes):
         for example in waiting.due(node) if wanted(node) else ():
             late = Frontier(module, (example,))

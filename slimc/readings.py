@@ -125,8 +125,8 @@ class Sampling:
         return sorted({name for node in self._layers if (name := _parameter(self._subject, node))})
 
     def readings(self) -> list[Reading]:
-        """What was sampled."""
-        return [r for node in self._layers for r in _split(self._subject, node, torch.cat(self._sampled[node]))]
+        """What was sampled; to be asked once, since the parts are dropped as they are joined."""
+        return [r for node in self._layers for r in _split(self._subject, node, torch.cat(self._sampled.pop(node)))]
 
 
 def _is_layer(subject: Subject, node: Node) -> bool:

@@ -62,7 +62,7 @@ def swept(analysis: Analysis, given: Samples) -> list[Tensor]:
 def test_samples_join_as_maps_get_smaller(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = swept(analysis, samples())
     assert [len(value) for value in whole] == [COUNT] * 3
-    monkeypatch.setattr(lockstep, "MEMORY", TIGHT)
+    monkeypatch.setattr(lockstep, "MEMORY", 2 * TIGHT)  # of which a sweep takes half
     tight = swept(analysis, samples())
     counts = [len(value) for value in tight]
     assert counts[0] < counts[1] <= counts[2] == COUNT

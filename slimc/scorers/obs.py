@@ -173,7 +173,8 @@ def _sensitivities(
     slopes_of = {node: torch.zeros(()) for node in read}
     gates_of = {place: np.zeros(len(subject.types.values[place[0]][place[1]])) for place in gated}
     seen = 0
-    for example in subject.samples.pieces(trainable_at_once(subject.types.captured.module)):
+    # Half of what fits: slopes take as much again as the values that they belong to.
+    for example in subject.samples.pieces(max(1, trainable_at_once(subject.types.captured.module) // 2)):
         with torch.enable_grad():
             probing = _Probing(subject.types.captured.module, {*read, *(node for node, _ in gated)})
             outputs = [t for t in probing.results(example) if t.requires_grad]
