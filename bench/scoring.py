@@ -16,12 +16,15 @@ from bench import networks, page
 from bench.memory import Peaks, _status
 from slimc import compiler, samples, scores
 from slimc.graph.capture import Example
+from slimc.scorers import obs
 
 LIMIT = 3 * 2**30
 _GIB = 2**30
 _PART = 8
 """Samples of a plain pass: about what a scorer takes at a time, and no slower per sample than a batch of 32."""
 CLASSES = 1000
+SLOPES = {"obs": obs._PROBED}
+"""Samples of which a scorer without labels takes gradients, beside the forward pass over all."""
 
 
 def data(batches: int, size: int) -> samples.Samples:
@@ -60,6 +63,8 @@ def child(name: str, network: str, batches: int, size: int, threads: int) -> dic
         labels: Any = calibration.batches[0].targets
         plain_seconds(model, inputs[:_PART], labels[:_PART], method.needs)
         plain = batches * min(plain_seconds(model, inputs, labels, method.needs) for _ in range(2))
+        if probed := SLOPES.get(name):
+            plain += probed / size * min(plain_seconds(model, inputs, labels, "labels") for _ in range(2))
     model.zero_grad()
     subject = scores.Subject(analysis.types, analysis.grouping, "l2", 0, samples=calibration)
     peaks = Peaks()
@@ -92,8 +97,8 @@ def render(found: dict[str, dict[str, float]], options: argparse.Namespace) -> N
     legend = (
         f"{options.model}, {options.batches} batches of {options.size} random pictures of 224 x 224, which are in "
         "memory. Processor time, so that other programs count little. Plain passes: the model's own forward (inputs) "
-        "or forward and backward (labels) over the same "
-        f"pictures in parts of {_PART}, the faster of two runs of one batch times the number of batches. Peak: "
+        f"or forward and backward (labels) over the same pictures in parts of {_PART}, the faster of two runs of one "
+        f"batch times the number of batches; for obs forward over all and backward over {SLOPES['obs']}. Peak: "
         "resident memory of the whole process while scoring, with torch, the model twice and the data."
     )
     parts = [page.header(options.threads), legend, page.table(header, rows)]
