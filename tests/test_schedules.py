@@ -245,6 +245,22 @@ def test_iterative_cuts_geometrically_with_training_between() -> None:
     assert [epochs for _, epochs, _ in found] == pytest.approx([0.4, 0.4, 0.4, 0.8])
 
 
+def test_the_default_scorer_counts_on_the_fit_where_cuts_are_followed_by_one() -> None:
+    for name in ("iterative", "one-shot"):
+        assert begin(name, seeded(Plain), recover="reconstruct").options.scorer == "obs"
+        assert begin(name, seeded(Plain), recover="none").options.scorer == "magnitude"
+    assert begin("tick-tock", seeded(Plain), recover="reconstruct").options.scorer == "magnitude"
+
+
+@pytest.mark.parametrize(("scorer", "per_cost"), [("obs", True), ("magnitude", False)])
+def test_scores_in_one_unit_are_divided_by_what_a_channel_frees(scorer: str, per_cost: bool) -> None:
+    run = begin("one-shot", seeded(Plain), scorer=scorer)
+    total = run.score(scorer)
+    alive = run.chosen(0.5)
+    assert np.array_equal(alive, run.selection.choose(total, 0.5, per_cost=per_cost))
+    assert not np.array_equal(alive, run.selection.choose(total, 0.5, per_cost=not per_cost))
+
+
 def test_a_budget_that_needs_what_a_schedule_cannot_cut_is_refused_before_training() -> None:
     model = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
     half = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))

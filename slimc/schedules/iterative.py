@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from slimc.training.network import Alive
 from slimc.training.phase import Phase
 from slimc.training.run import Run
 from slimc.training.schedule import demand, schedule
@@ -25,11 +24,7 @@ def iterative(run: Run, *, steps: int = 10, finetune: float = 0.5) -> Iterator[P
     demand(0, 1, finetune=finetune)
     between = (1 - finetune) * run.options.epochs / max(1, steps - 1)
     for step in range(1, steps + 1):
-        run.cut(partial(_next, run, step / steps))
+        run.cut(partial(run.chosen, step / steps))
         if step < steps:
             yield run.phase("train", between, rate=0.5, shape="constant", continues=True)
     yield run.phase("finetune", run.left)
-
-
-def _next(run: Run, progress: float) -> Alive:
-    return run.selection.choose(run.score(run.options.scorer), progress)

@@ -46,9 +46,9 @@ def rounds(run: Run, fraction: float) -> int:
 
 
 def _weakest(run: Run, fraction: float, last: bool) -> Alive:
-    total = run.score(run.options.scorer)
     if last:
-        return run.selection.choose(total)
+        return run.chosen()
+    total = run.score(run.options.scorer)
     removable = [0 if np.isnan(total[group.variables]).any() else 1 for group in run.selection.grouping().groups]
     left = sum(width * one for width, one in zip(run.network.widths.tolist(), removable, strict=True))
     return run.selection.lowest(total, round(fraction * left), removable)

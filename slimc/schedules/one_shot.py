@@ -12,5 +12,5 @@ from slimc.training.schedule import schedule
 @schedule("one-shot", "one cut by --scorer, then fine-tuning", "Li et al., Pruning Filters, ICLR 2017")
 def one_shot(run: Run) -> Iterator[Phase]:
     """Cut to the budget at once and train what is left for all epochs."""
-    run.cut(lambda: run.selection.choose(run.score(run.options.scorer)))
+    run.cut(run.chosen)
     yield run.phase("finetune", run.left)

@@ -27,7 +27,7 @@ def scratch(run: Run, *, same: str = "epochs") -> Iterator[Phase]:
     """
     if same not in ("epochs", "arithmetic"):
         raise UsageError(f"--set same={same}: known are epochs and arithmetic")
-    run.cut(lambda: run.selection.choose(run.score(run.options.scorer)), mends=False)
+    run.cut(run.chosen, mends=False)
     run.event("draw", lambda: draw(run.network.module))
     if same == "arithmetic":
         run.extend(int(run.options.epochs / run.share))

@@ -30,6 +30,8 @@ from .recipe import Recipe
 from .run import Run
 from .stream import check_first
 
+_FITTING = ("one-shot", "iterative")
+"""Schedules whose default scorer, where layers are fitted after cuts, counts on that."""
 MEND = ("reconstruct", "bn")
 """What `recover="auto"` does after every cut of a schedule."""
 
@@ -69,9 +71,10 @@ def schedule(
     None where your own loop trains every phase. val: batches for the accuracy that is reported; nothing is chosen by
     it unless the recipe says so. test: batches that are looked at once, for the report. loss: takes outputs and
     targets, gives a mean; cross entropy if not given. metric: takes the same, larger is better; top-1 accuracy if not
-    given. recipe: how phases train. scorer: for schedules that take one; "auto" is `obs` for one cut that is mended,
-    else `magnitude`. recover: what is fitted without labels after every cut: "auto", "none" (the method as it was
-    published) or a list. settings: the method's own. folder: where the run is kept, so that `resume` goes on with it.
+    given. recipe: how phases train. scorer: for schedules that take one; "auto" is `obs` for `one-shot` and `iterative`
+    where cuts are mended, else `magnitude`. recover: what is fitted without labels after every cut: "auto", "none" (the
+    method as it was published) or a list. settings: the method's own. folder: where the run is kept, so that `resume`
+    goes on with it.
     Raises UsageError, CaptureError, UnreachableTarget, and what `compress` raises when the result is built.
     """
     method = registry.find(name)
@@ -81,7 +84,7 @@ def schedule(
     if not epochs > 0:
         raise UsageError(f"epochs is {epochs}; it must be above 0")
     if scorer == "auto":
-        scorer = "obs" if name == "one-shot" and mend else "magnitude"
+        scorer = "obs" if name in _FITTING and mend else "magnitude"
     chosen = scores.find(scorer)
     if chosen.needs != "weights" and data is None:
         raise UsageError(f"--scorer {scorer} needs data, and there is none")

@@ -262,6 +262,11 @@ class Run:
             total[group.variables] = own
         return total
 
+    def chosen(self, progress: float = 1.0) -> Alive:
+        """The channels that stay by --scorer, so that budgets hold to the degree of `progress` (`Selection.choose`)."""
+        method = scores.find(self.options.scorer)
+        return self.selection.choose(self.score(method), progress, per_cost=method.normalisation == "cost")
+
     @property
     def samples(self) -> Samples:
         """Some of the training data, in memory: for scores and for mending. The same whenever the run is begun."""
