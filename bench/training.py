@@ -174,8 +174,8 @@ def write_page() -> None:
         "from the same checkpoints and have the same epochs in all, all phases included, the",
         "same recipe (SGD, Nesterov momentum 0.9, peak rate 0.05, cosine, batch 128, mirrored and moved pictures) and",
         "any width. *fitted*: layers are fitted again without labels after every cut (ours); else the method is as it",
-        "was published. `tp:` is Torch-Pruning. Minutes are those of a busy machine. Rows of an earlier date are",
-        "of another machine and of checkpoints trained there, with another accuracy before. Baselines were trained for "
+        "was published. `tp:` is Torch-Pruning. Minutes are those of a busy machine; rows of an earlier date are of",
+        "another machine. Baselines were trained for "
         + ", ".join(f"{count} ({name})" for name, count in EPOCHS.items()) + " epochs.",
         "",
     ]  # fmt: skip
