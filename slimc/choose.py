@@ -25,7 +25,8 @@ from .samples import Samples
 from .scores import Scores, Subject
 
 SELECT = ("greedy", "exact")
-_BETWEEN = "reconstruct"
+BETWEEN = "reconstruct"
+"""The recovery step that fits layers between steps; where it is not asked for, there are none."""
 _STEP, _MOST_STEPS = 0.8, 3
 """Each step leaves about this share of what the one before left, where that makes no more steps than so many."""
 
@@ -157,6 +158,6 @@ def _fitted(analysis: Analysis, cut: Cut, subject: Subject, samples: Samples) ->
     types = analysis.types
     slim, whole = rewrite(types, cut), types.captured.module
     task = recover.Task(whole, slim.module, slim.twins, types, cut, samples, subject.seed, analysis.work, subject.tick)
-    recover.find(_BETWEEN).run(task)
+    recover.find(BETWEEN).run(task)
     smaller, grouping = shrink(types, analysis.grouping, cut, slim.module, slim.twins)
     return replace(subject, types=smaller, grouping=grouping)

@@ -15,7 +15,7 @@ from . import budget, eager, planner, scores
 from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
-from .choose import Chosen, How, check_select, choose
+from .choose import BETWEEN, Chosen, How, check_select, choose
 from .describe import facts_of, report_of, results_of, versions, warnings_of
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
@@ -118,7 +118,7 @@ def compress(
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
     options = How(normalise, select, alignment, round_to == "auto", tuple(analysis.matching(ignore)))
     # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples.
-    between = fit if data is not None and "reconstruct" in steps else None
+    between = fit if data is not None and BETWEEN in steps else None
     chosen = choose(analysis, method, subject, limits, options, stages, between)
     choice = chosen.choice
     how = {

@@ -62,6 +62,7 @@ def test_steps_end_within_the_budget_on_aligned_widths(scorer: str) -> None:
     )
     assert slim.plan.method["steps"] == 3
     assert slim.report.verification is not None
+    assert slim.report.verification.passed
     found = slimc.inspect(slim.module, noise(2, 3, 8, 8)).macs / slim.analysis.full.macs
     assert 0.25 < found <= 0.5
     assert all(row.kept % 2 == 0 or row.kept == row.width for row in slim.report.groups)

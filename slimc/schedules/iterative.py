@@ -16,7 +16,10 @@ from slimc.training.schedule import demand, schedule
 
 
 @schedule(
-    "iterative", "cut by --scorer in steps with training between, then fine-tuning", "Molchanov et al., ICLR 2017"
+    "iterative",
+    "cut by --scorer in steps with training between, then fine-tuning",
+    "Molchanov et al., ICLR 2017",
+    "obs",
 )
 def iterative(run: Run, *, steps: int = 10, finetune: float = 0.5) -> Iterator[Phase]:
     """`steps` cuts, each to the same share of what is left; finetune: share of the epochs after the last one."""

@@ -107,7 +107,7 @@ def scored(run: Run, epochs: float) -> Phase:
 def _moves(run: Run) -> Callable[[str], bool]:
     """Whether a parameter moves in a Tick."""
     betas = {name for place in run.network.places if place.norm for name, _ in place.tensors[1:]}
-    last = set(run.last_layer())
+    last = set(run.network.last_layer())
 
     def moves(name: str) -> bool:
         plain, is_gate = plain_name(name)

@@ -30,8 +30,6 @@ from .recipe import Recipe
 from .run import Run
 from .stream import check_first
 
-_FITTING = ("one-shot", "iterative")
-"""Schedules whose default scorer, where layers are fitted after cuts, counts on that."""
 MEND = ("reconstruct", "bn")
 """What `recover="auto"` does after every cut of a schedule."""
 
@@ -84,7 +82,7 @@ def schedule(
     if not epochs > 0:
         raise UsageError(f"epochs is {epochs}; it must be above 0")
     if scorer == "auto":
-        scorer = "obs" if name in _FITTING and mend else "magnitude"
+        scorer = method.fitted_scorer if mend else "magnitude"
     chosen = scores.find(scorer)
     if chosen.needs != "weights" and data is None:
         raise UsageError(f"--scorer {scorer} needs data, and there is none")

@@ -126,6 +126,14 @@ class Network:
     def _first_names(self) -> dict[str, str]:
         return {alias: first for first, names in self.analysis.types.aliases.items() for alias in names}
 
+    def last_layer(self) -> tuple[str, ...]:
+        """The parameters of the layer that comes last."""
+        for node in reversed(self.analysis.captured.module.graph.nodes):
+            own = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+            if any(name in self.analysis.types.tensors for name in own):
+                return tuple(own)
+        return ()
+
     # -- what is done to it ---------------------------------------------------------------------------
 
     def gate(self, *, identity: bool = False) -> None:

@@ -281,14 +281,6 @@ class Run:
                 self._samples = collect(self._data, captured.example, count, fixed, "training data")
         return self._samples
 
-    def last_layer(self) -> tuple[str, ...]:
-        """The parameters of the layer that comes last."""
-        for node in reversed(self.analysis.captured.module.graph.nodes):
-            own = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-            if any(name in self.analysis.types.tensors for name in own):
-                return tuple(own)
-        return ()
-
     # -- for phases -----------------------------------------------------------------------------------
 
     def train(self, phase: Phase) -> float | None:

@@ -24,12 +24,16 @@ Plan = Callable[..., "Iterator[Phase]"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A method that trains and cuts, with its name, one line about it, and its source."""
+    """A method that trains and cuts, with its name, one line about it, and its source.
+
+    fitted_scorer: the scorer that --scorer is by default where layers are fitted after cuts; else it is magnitude.
+    """
 
     name: str
     summary: str
     source: str
     plan: Plan
+    fitted_scorer: str
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The method's own settings, checked; text is read as the type of the default."""
@@ -73,11 +77,11 @@ _REGISTRY = Registry[Schedule]("schedule", "slimc.schedules")
 schedules, find = _REGISTRY.all, _REGISTRY.find
 
 
-def schedule(name: str, summary: str, source: str) -> Callable[[Plan], Plan]:
+def schedule(name: str, summary: str, source: str, fitted_scorer: str = "magnitude") -> Callable[[Plan], Plan]:
     """Register a schedule under the name that users type."""
 
     def register(function: Plan) -> Plan:
-        _REGISTRY.add(Schedule(name, summary, source, function))
+        _REGISTRY.add(Schedule(name, summary, source, function, fitted_scorer))
         return function
 
     return register
