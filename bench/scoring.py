@@ -1,13 +1,20 @@
-"""Processor time of each scorer against the passes that it needs, and peak memory, in fresh processes. Linux only."""
+"""Processor time of each scorer against the passes that it needs, and peak memory, in fresh processes. Linux only.
+
+    python -m bench.scoring                        (every scorer; an hour)
+    python -m bench.scoring --scorers dcp obs
+
+Rows are added to bench/results/scoring.jsonl; the page shows the last one of each scorer.
+"""
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import itertools
 import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +25,8 @@ from slimc import compiler, samples, scores
 from slimc.graph.capture import Example
 from slimc.scorers import obs
 
+ROWS = page.RESULTS / "scoring.jsonl"
+KEY = ("scorer", "model", "batches", "size", "threads")
 LIMIT = 3 * 2**30
 _GIB = 2**30
 _PART = 8
@@ -75,34 +84,50 @@ def child(name: str, network: str, batches: int, size: int, threads: int) -> dic
     return {"plain": plain, "seconds": seconds, "peak": float(_status("VmHWM"))}
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """The same in a fresh process."""
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The same in a fresh process, with what was measured and when."""
     command = [sys.executable, "-m", "bench.scoring", "--child", name, "--model", options.model]
     command += ["--batches", str(options.batches), "--size", str(options.size), "--threads", str(options.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    case = {"scorer": name, "model": options.model, "batches": options.batches, "size": options.size}
+    return {**case, **found, "threads": options.threads, "date": datetime.date.today().isoformat()}
 
 
-def render(found: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
-    """Draw the table."""
-    known, rows = scores.methods(), []
-    for name, own in found.items():
-        ratio = f"{own['seconds'] / own['plain']:.2f}" if own["plain"] else ""
-        plain = f"{own['plain']:.0f} s" if own["plain"] else ""
-        peak = f"{own['peak'] / _GIB:.2f} GiB"
-        under = "yes" if own["peak"] < LIMIT else "**no**"
-        rows.append([name, known[name].needs, plain, f"{own['seconds']:.1f} s", ratio, peak, under])
-    header = ("scorer", "needs", "plain passes", "scoring", "ratio", "peak of the process", "under 3 GiB")
-    legend = (
-        f"{options.model}, {options.batches} batches of {options.size} random pictures of 224 x 224, which are in "
-        "memory. Processor time, so that other programs count little. Plain passes: the model's own forward (inputs) "
-        f"or forward and backward (labels) over the same pictures in parts of {_PART}, the faster of two runs of one "
-        f"batch times the number of batches; for obs forward over all and backward over {SLOPES['obs']}. Peak: "
-        "resident memory of the whole process while scoring, with torch, the model twice and the data."
-    )
-    parts = [page.header(options.threads), legend, page.table(header, rows)]
-    page.write(options.out, "Time and memory of scorers", parts)
+def rows() -> list[dict[str, Any]]:
+    """The last row of each case."""
+    found = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return sorted({tuple(row[k] for k in KEY): row for row in found}.values(), key=lambda row: row["scorer"])
+
+
+def write_page() -> None:
+    """bench/results/scoring.md: one table for each model and amount of data."""
+    known = scores.methods()
+    parts = [
+        page.header(),
+        "Random pictures of 224 x 224, which are in memory. Processor time, so that other programs count little. Plain "
+        "passes: the model's own forward (inputs) or forward and backward (labels) over the same pictures in parts of "
+        f"{_PART}, the faster of two runs of one batch times the number of batches; for obs forward over all and "
+        f"backward over {SLOPES['obs']}. Peak: resident memory of the whole process while scoring, with torch, the "
+        "model twice and the data.",
+    ]
+    header = ("scorer", "needs", "plain passes", "scoring", "ratio", "peak of the process", "under 3 GiB", "date")
+    for case, found in itertools.groupby(sorted(rows(), key=_amount), _amount):
+        lines = []
+        for row in found:
+            needs, plain, peak = known[row["scorer"]].needs, row["plain"], row["peak"]
+            shown = (f"{plain:.0f} s", f"{row['seconds'] / plain:.2f}") if plain else ("", "")
+            under = "yes" if peak < LIMIT else "**no**"
+            lines.append(
+                [row["scorer"], needs, shown[0], f"{row['seconds']:.1f} s", shown[1], f"{peak / _GIB:.2f} GiB", under,
+                 row["date"]]
+            )  # fmt: skip
+        parts += ["## {}, {} batches of {}, threads: {}".format(*case), page.table(header, lines)]
+    page.write(page.RESULTS / "scoring.md", "Time and memory of scorers", parts)
+
+
+def _amount(row: dict[str, Any]) -> tuple[str, int, int, int]:
+    return row["model"], row["batches"], row["size"], row["threads"]
 
 
 def main() -> None:
@@ -114,16 +139,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=page.RESULTS / "scoring.md", metavar="FILE")
+    parser.add_argument("--render", action="store_true", help="only write the page")
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(options.child, options.model, options.batches, options.size, options.threads)))
         return
-    found = {}
-    for name in options.scorers:
-        found[name] = measure(name, options)
-        print(f"{name}: {found[name]['seconds']:.1f} s, {found[name]['peak'] / _GIB:.2f} GiB", flush=True)
-        render(found, options)  # after each, since all take an hour
+    for name in [] if options.render else options.scorers:
+        row = measure(name, options)
+        print(f"{name}: {row['seconds']:.1f} s, {row['peak'] / _GIB:.2f} GiB", flush=True)
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        write_page()  # after each, since all take an hour
+    write_page()
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ class Reading:
 
     def members(self, group: Group) -> Terms:
         """[channels] the place in the group of each input channel, -1 for others."""
-        place = {variable: position for position, variable in enumerate(group.variables.tolist())}
-        return np.array([max(place.get(v, -1) for v in own) for own in self.factors.tolist()], np.int64)
+        place = np.full(max(self.factors.max(initial=-1), group.variables.max(initial=-1)) + 2, -1)
+        place[group.variables] = np.arange(group.width)
+        members: Terms = place[self.factors].max(axis=1, initial=-1)  # -1, for none, is the last place
+        return members
 
     def gram(self, group: Group) -> Tensor | None:
         """Inner products of what the group's channels contribute to the outputs, [width, width]; None if they do not.

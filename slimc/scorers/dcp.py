@@ -76,8 +76,8 @@ class Part:
 
     def norms(self) -> Tensor:
         """[channels] the gradient's norm: Frobenius over a kernel, summed over outputs."""
-        norms: Tensor = torch.linalg.vector_norm(self.gradient, dim=1).sum(1)
-        return norms
+        # Torch's own vector norm takes ten times as long across an inner axis.
+        return self.gradient.square().sum(1).sqrt_().sum(1)
 
     def take(self, channels: Terms) -> None:
         """Bring channels in with their trained weights."""
@@ -94,7 +94,9 @@ def _part(layer: Reading, group: Group, gradients: dict[str, Tensor]) -> Part | 
     if not chosen.size:
         return None
     outputs = np.unique(np.linspace(0, len(layer.weight) - 1, min(len(layer.weight), _OUTPUTS)).astype(np.int64))
-    rows, weight = layer.rows[:, chosen], layer.weight[outputs][:, chosen]
+    # Rows are the large part: no copy where the group is all that the layer reads.
+    rows = layer.rows if chosen.size == len(members) else layer.rows[:, chosen]
+    weight = layer.weight[outputs][:, chosen]
     own = gradients.get(layer.parameter)
     gradient = (
         torch.zeros_like(weight) if own is None else own[layer.outputs].flatten(2) if own.dim() > 2 else own[..., None]
