@@ -1,7 +1,7 @@
 """Accuracy right after the cut, after recovery without labels, and after one epoch of fine-tuning.
 
     python -m bench.accuracy --networks resnet20 --scorers auto --budgets 0.7 0.5 0.3 --samples 512
-    python -m bench.accuracy --scorers all --finetune        (every scorer; hours)
+    python -m bench.accuracy --scorers all tp:magnitude tp:taylor --recover reconstruct,bn --finetune   (hours)
     python -m bench.accuracy --render                        (the page from the rows measured so far)
 
 Rows are added to bench/results/accuracy.jsonl; those that are there are not measured again.
@@ -105,7 +105,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if not options.render:
         data = Fashion()
-        names = sorted(scores.methods()) if options.scorers == ["all"] else options.scorers
+        every = sorted(scores.methods())
+        names = [name for given in options.scorers for name in (every if given == "all" else [given])]
         known = {tuple(row[k] for k in KEY) for row in rows()}
         cases = itertools.product(options.seeds, options.networks, options.samples, options.budgets, names)
         for seed, network, samples, budget, scorer in cases:

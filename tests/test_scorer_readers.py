@@ -144,9 +144,7 @@ def test_a_coefficient_is_zero_beyond_its_score_and_not_before() -> None:
 
 
 def part(rows: Tensor, weight: Tensor) -> Part:
-    residual = rows.flatten(1) @ weight.flatten(1).T
-    pull = (rows.flatten(1).T @ residual).reshape(rows.shape[1], rows.shape[2], -1)
-    return Part(rows, weight, np.arange(rows.shape[1]), residual, -pull / residual.numel())
+    return Part.of(rows, weight, np.arange(rows.shape[1]))
 
 
 def test_dcp_without_labels_first_picks_the_channel_that_sees_most_of_the_output() -> None:
@@ -159,16 +157,21 @@ def test_dcp_without_labels_first_picks_the_channel_that_sees_most_of_the_output
     assert own.max() >= 1 - 1e-6
 
 
-def test_dcp_leaves_no_error_when_all_are_picked_and_keeps_its_inner_products() -> None:
+def test_dcp_keeps_its_error_and_gradient_and_leaves_none_when_all_are_picked() -> None:
     torch.manual_seed(0)
-    reader = part(torch.randn(50, 6, 1).double(), torch.randn(4, 6, 1).double())
+    rows, weight = torch.randn(50, 6, 2).double(), torch.randn(4, 6, 2).double()
+    reader = part(rows, weight)
     for channel in (3, 1, 5):
         reader.take(np.array([channel]))
-    pull = torch.einsum("rck,ro->cko", reader.rows, reader.residual)
-    torch.testing.assert_close(reader.gradient, -pull / reader.residual.numel())
-    for channel in (0, 2, 4):
+    rest = [0, 2, 4]
+    residual = rows[:, rest].flatten(1) @ weight[:, rest].flatten(1).T
+    norms = torch.einsum("rck,ro->cko", rows, residual).div(residual.numel()).square().sum(1).sqrt().sum(1)
+    torch.testing.assert_close(reader.norms(), norms)
+    assert reader.error() == pytest.approx(float(residual.square().sum()))
+    for channel in rest:
         reader.take(np.array([channel]))
-    assert float(reader.residual.abs().max()) < 1e-12
+    assert reader.error() == 0
+    assert float(reader.norms().max()) < 1e-12
 
 
 def test_dcp_weighs_the_loss_against_the_error() -> None:

@@ -61,31 +61,48 @@ def picked(subject: Subject, layers: list[Reading], gradients: dict[str, Tensor]
 
 @dataclass
 class Part:
-    """One reader while channels are picked.
+    """One reader while channels are picked; inputs are its channels times the kernel's positions, in this order.
 
-    rows: [rows, channels, kernel]; weight: [outputs, channels, kernel]; members: [channels] places in the group.
-    residual: [rows, outputs] what the picked channels leave of the group's contribution.
-    gradient: [channels, kernel, outputs] of the loss plus half the mean squared residual, kept up to date.
+    gram: [inputs, inputs] inner products of the inputs over the sampled rows. members: [channels] places in the group.
+    left: [inputs, outputs] the weights of channels that are not picked, zero for others.
+    pull: [inputs, outputs] gram times left: what the inputs have in common with the error left.
+    loss: [inputs, outputs] the gradient of the loss. rows: how many were sampled.
     """
 
-    rows: Tensor
-    weight: Tensor
+    gram: Tensor
     members: Terms
-    residual: Tensor
-    gradient: Tensor
+    left: Tensor
+    pull: Tensor
+    loss: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, rows: Tensor, weight: Tensor, members: Terms, loss: Tensor | None = None) -> Part:
+        """From rows [rows, channels, kernel]; weight and its gradient of the loss are [outputs, channels, kernel]."""
+        inputs, left = rows.flatten(1), weight.flatten(1).T.contiguous()
+        gram = inputs.T @ inputs
+        slope = torch.zeros_like(left) if loss is None else loss.flatten(1).T.contiguous()
+        return cls(gram, members, left, gram @ left, slope, len(rows))
+
+    def error(self) -> float:
+        """The squared error over all rows and outputs that the picked channels leave."""
+        return max(0.0, float((self.left * self.pull).sum()))
 
     def norms(self) -> Tensor:
-        """[channels] the gradient's norm: Frobenius over a kernel, summed over outputs."""
+        """[channels] the norm of the gradient of the loss plus half the mean squared error.
+
+        Frobenius over a kernel, summed over outputs.
+        """
+        gradient = torch.add(self.loss, self.pull, alpha=-1 / (self.rows * self.left.shape[1]))
         # Torch's own vector norm takes ten times as long across an inner axis.
-        return self.gradient.square().sum(1).sqrt_().sum(1)
+        return gradient.square_().view(len(self.members), -1, gradient.shape[1]).sum(1).sqrt_().sum(1)
 
     def take(self, channels: Terms) -> None:
         """Bring channels in with their trained weights."""
-        index = torch.from_numpy(channels)
-        rows, weight = self.rows[:, index].flatten(1), self.weight[:, index].flatten(1)
-        self.residual -= rows @ weight.T
-        cross = self.rows.flatten(1).T @ rows
-        self.gradient.view(-1, self.gradient.shape[2]).addmm_(cross, weight.T, alpha=1 / self.residual.numel())
+        each = len(self.left) // len(self.members)
+        index = torch.from_numpy((channels[:, None] * each + np.arange(each)).reshape(-1)).to(self.left.device)
+        self.pull.addmm_(self.gram[index].T, self.left[index], alpha=-1)
+        self.left[index] = 0
 
 
 def _part(layer: Reading, group: Group, gradients: dict[str, Tensor]) -> Part | None:
@@ -96,28 +113,22 @@ def _part(layer: Reading, group: Group, gradients: dict[str, Tensor]) -> Part | 
     outputs = np.unique(np.linspace(0, len(layer.weight) - 1, min(len(layer.weight), _OUTPUTS)).astype(np.int64))
     # Rows are the large part: no copy where the group is all that the layer reads.
     rows = layer.rows if chosen.size == len(members) else layer.rows[:, chosen]
-    weight = layer.weight[outputs][:, chosen]
-    own = gradients.get(layer.parameter)
-    gradient = (
-        torch.zeros_like(weight) if own is None else own[layer.outputs].flatten(2) if own.dim() > 2 else own[..., None]
-    )
-    if own is not None:
-        gradient = gradient[outputs][:, chosen]
-    residual = rows.flatten(1) @ weight.flatten(1).T
-    pull = (rows.flatten(1).T @ residual).reshape(len(chosen), -1, len(outputs))
-    gradient = (gradient.permute(1, 2, 0) - pull / residual.numel()).contiguous()
-    return Part(rows, weight, members[chosen], residual, gradient)
+    loss = None
+    if (own := gradients.get(layer.parameter)) is not None:
+        own = own[layer.outputs].flatten(2) if own.dim() > 2 else own[layer.outputs, :, None]
+        loss = own[outputs][:, chosen]
+    return Part.of(rows, layer.weight[outputs][:, chosen], members[chosen], loss)
 
 
 def pick(parts: list[Part], width: int) -> Scores:
     """Pick all channels, the largest gradient first; each scores the error left before it, largest from there on."""
-    targets = [max(float(part.residual.square().sum()), 1e-300) for part in parts]
+    targets = [max(part.error(), 1e-300) for part in parts]
     left = np.ones(width, np.bool_)
     order: list[int] = []
     errors: list[float] = []
     at_once = -(-width // _ROUNDS)
     while left.any():
-        rest = [float(p.residual.square().sum()) / target for p, target in zip(parts, targets, strict=True)]
+        rest = [part.error() / target for part, target in zip(parts, targets, strict=True)]
         norms = np.zeros(width)
         for part in parts:
             np.add.at(norms, part.members, part.norms().double().cpu().numpy())
