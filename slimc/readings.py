@@ -106,8 +106,11 @@ class Sampling:
             raise UsageError(
                 f"--scorer {method} needs convolutions or linear layers that read channels; there are none"
             )
-        self._each = max(1, min(POSITIONS, _ROWS // batches_of(subject).count))
-        self._sampled: dict[Node, list[Tensor]] = {node: [] for node in self._layers}
+        self._count = batches_of(subject).count
+        self._each = max(1, min(POSITIONS, _ROWS // self._count))
+        # Room for all samples from the first on: joining parts at the end would need it all a second time.
+        self._rows: dict[Node, Tensor] = {}
+        self._filled = dict.fromkeys(self._layers, 0)
         self._batch: Batch | None = None
         self._seeds: list[int] = []
         self.places = {(node, node.args[0]): self._seeing(node, i) for i, node in enumerate(self._layers)}
@@ -117,7 +120,12 @@ class Sampling:
             if batch is not self._batch:
                 self._batch, self._seeds = batch, _seeds(batch, self._subject.seed)
             seeds = [(seed, number) for seed in self._seeds]
-            self._sampled[node].append(_sample(node, value, seeds, self._each))
+            found = _sample(node, value, seeds, self._each)
+            if node not in self._rows:
+                self._rows[node] = found.new_empty(self._count * len(found) // batch.count, *found.shape[1:])
+            start = self._filled[node]
+            self._filled[node] += len(found)
+            self._rows[node][start : self._filled[node]] = found
 
         return see
 
@@ -127,8 +135,8 @@ class Sampling:
         return sorted({name for node in self._layers if (name := _parameter(self._subject, node))})
 
     def readings(self) -> list[Reading]:
-        """What was sampled; to be asked once, since the parts are dropped as they are joined."""
-        return [r for node in self._layers for r in _split(self._subject, node, torch.cat(self._sampled.pop(node)))]
+        """What was sampled."""
+        return [r for node in self._layers for r in _split(self._subject, node, self._rows[node][: self._filled[node]])]
 
 
 def _is_layer(subject: Subject, node: Node) -> bool:
