@@ -42,6 +42,7 @@ PURPOSE = {
     "report.json": "the report as data",
     "report.html": "the report as a page",
 }
+_WEIGHTS_ALONE = "weights by name; your own class does not run with them, model.pt2 does"
 
 
 class Compressed:
@@ -225,7 +226,8 @@ class Compressed:
 
     def _write_report(self, work: Path) -> None:
         sizes = {path.name: path.stat().st_size for path in work.iterdir()}
-        files = tuple(OutputFile(name, sizes[name], why) for name, why in PURPOSE.items() if name in sizes)
+        purpose = PURPOSE if self.plan.attributes is not None else {**PURPOSE, "model.safetensors": _WEIGHTS_ALONE}
+        files = tuple(OutputFile(name, sizes[name], why) for name, why in purpose.items() if name in sizes)
         self.report = replace(self.report, seconds=dict(self.stages.seconds), files=files)
         self.report.write_json(work / "report.json")
         write_html(self.report, work / "report.html")

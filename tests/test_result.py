@@ -183,6 +183,8 @@ def test_what_was_trained_after_the_cut_is_what_is_saved(hard_coded: bool, tmp_p
     slim.module.eval()
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(X), slim.module(X))
+    purpose = next(file.purpose for file in slim.report.files or () if file.name == "model.safetensors")
+    assert ("slimc.load" in purpose) != hard_coded
 
 
 @pytest.mark.usefixtures("quick")
