@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    ?= slimc-demo
+JOBS   ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format types check bench clean distclean
@@ -18,11 +19,11 @@ setup: $(STAMP) ## create .venv and install slimc with everything that the demo 
 demo: $(STAMP) ## train a small network on real data, compress, prove, export and measure it (OUT=DIR)
 	$(BIN)/slimc demo --out $(OUT)
 
-test: $(STAMP) ## run the quick tests
-	$(BIN)/python -m pytest -m "not slow"
+test: $(STAMP) ## run the quick tests, two at a time (JOBS=8: eight)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 test-all: $(STAMP) ## run every test, the slow ones included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

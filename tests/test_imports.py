@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,13 +144,19 @@ print("torch imported:", "torch" in sys.modules)
 def test_help_answers_at_once() -> None:
     best = float("inf")
     for _ in range(3):
-        started = time.perf_counter()
+        started = seconds_of_children()
         done = subprocess.run([sys.executable, "-m", "slimc", "--help"], cwd=ROOT, capture_output=True, check=False)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, seconds_of_children() - started)
         assert done.returncode == 0, done.stderr.decode()
         if best < HELP_SECONDS:
             break
     assert best < HELP_SECONDS
+
+
+def seconds_of_children() -> float:
+    """Processor time, which other programs on the machine do not stretch as they do the clock."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("folder", ["graph", "exporters"])
