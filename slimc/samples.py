@@ -216,7 +216,18 @@ def check_alike(given: list[Tensor], like: list[Tensor]) -> None:
     """A captured graph takes any batch size at best; types and other sizes are those of the example."""
     seen, wanted = ([f"{str(t.dtype)[6:]} [N, {str(list(t.shape[1:]))[1:]}" for t in ts] for ts in (given, like))
     if seen != wanted:
-        raise UsageError(f"a batch of --data holds {'; '.join(seen)}; the example input is {'; '.join(wanted)}")
+        fitting = " ".join(f"--input {_text(tensor)}" for tensor in given)
+        other = f", or an example like the data, if the model takes it: {fitting}" if given else "."
+        raise UsageError(
+            f"a batch of --data holds {'; '.join(seen) or 'no tensors'}; the example input is {'; '.join(wanted)}. "
+            f"Give data like the example{other}"
+        )
+
+
+def _text(tensor: Tensor) -> str:
+    """A tensor's shape for two samples and its type as `--input` takes them."""
+    kind = str(tensor.dtype)[6:]
+    return "x".join(map(str, (2, *tensor.shape[1:]))) + ("" if kind == "float32" else f":{kind}")
 
 
 def check_finite(batch: Batch, where: str) -> None:

@@ -69,9 +69,11 @@ def test_what_is_no_tensor_in_the_example_need_not_be_in_a_batch() -> None:
         ({}, NAMED, "lacks left, right; it has nothing"),
         (X, NAMED, "wanted a dictionary with left, right"),
         (X.double(), ONE, "float64 [N, 3]; the example input is float32 [N, 3]"),
+        (X.double(), ONE, "if the model takes it: --input 2x3:float64"),
         (X.view(4, 1, 3), ONE, "float32 [N, 1, 3]; the example input is float32 [N, 3]"),
+        (X.view(4, 1, 3), ONE, "if the model takes it: --input 2x1x3"),
         ((Y, X), TWO, "float32 [N, 2]; float32 [N, 3]; the example input is"),
-        (("text", LABELS), ONE, "the example input is"),
+        (("text", LABELS), ONE, "no tensors; the example input is"),
     ],
 )  # fmt: skip
 def test_a_batch_with_other_inputs_is_refused_with_what_it_holds(batch: Any, like: Example, said: str) -> None:

@@ -21,7 +21,9 @@ from slimc.training.schedule import demand, schedule
 
 
 @schedule(
-    "group-sparsity", "all weights of a channel are drawn to zero together, then cut in steps", "Fang et al., CVPR 2023"
+    "group-sparsity",
+    "all weights of a channel are drawn to zero together, the weakest channels cut",
+    "Fang et al., CVPR 2023",
 )
 def group_sparsity(run: Run, *, penalty: float = 5e-4, alpha: float = 4.0, finetune: float = 0.5) -> Iterator[Phase]:
     """Train with the penalty, cut to the budget by group norms, fine-tune for that share of the epochs."""
