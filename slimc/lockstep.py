@@ -114,8 +114,11 @@ def lockstep(
     samples: Samples,
     visit: Visit,
     wanted: Callable[[Node], bool],
-) -> None:
-    """Run both graphs, the original first at each node, and visit the nodes that are `wanted`."""
+) -> int:
+    """Run both graphs, the original first at each node, and visit the nodes that are `wanted`.
+
+    Returns how many samples ran: fewer than there are where some found no room before the last visit.
+    """
     nodes = _computed(original)
     follow = _followers(nodes, slim, twins)
     before, after, waiting = Frontier(original, ()), Frontier(slim, ()), _Waiting(original, samples, 2)
@@ -139,6 +142,7 @@ def lockstep(
         if wanted(old):
             visit(old, before, after)
         finish(old, before, after)
+    return waiting.on_the_way
 
 
 def _followers(nodes: Sequence[Node], slim: GraphModule, twins: dict[Node, Node]) -> dict[Node, list[Node]]:
@@ -170,16 +174,16 @@ class _Waiting:
         # Batches as they come where all fit, so that results do not depend on how they are split.
         size = samples.count if tightest >= samples.count else max(_FEWEST, tightest)
         self._batches = list(samples.pieces(size))
-        self._on_the_way = 0
+        self.on_the_way = 0
 
     def due(self, node: Node) -> list[Example]:
         """Those that start now; at least one is on the way."""
         found: list[Example] = []
         while self._batches:
             count = len(self._batches[0].tensors()[0])
-            if self._on_the_way and self._on_the_way + count > self._room[node]:
+            if self.on_the_way and self.on_the_way + count > self._room[node]:
                 break
-            self._on_the_way += count
+            self.on_the_way += count
             found.append(self._batches.pop(0))
         return found
 

@@ -102,3 +102,18 @@ def test_late_samples_run_through_what_is_fitted_already(analysis: Analysis, mon
     assert len(tight[0]) < len(tight[2]) == COUNT
     for value, wanted in zip(tight, whole, strict=True):
         torch.testing.assert_close(value, wanted[: len(value)])
+
+
+@pytest.mark.parametrize(("memory", "ran"), [(lockstep.MEMORY, COUNT), (TIGHT, COUNT), (1, 8)])
+def test_what_found_no_room_is_not_counted(
+    analysis: Analysis, monkeypatch: pytest.MonkeyPatch, memory: int, ran: int
+) -> None:
+    slim = rewrite(analysis.types, Cut(analysis.types, np.ones(analysis.types.solution.variables, np.bool_)))
+    monkeypatch.setattr(lockstep, "MEMORY", memory)
+    seen: list[int] = []
+
+    def visit(old: Node, before: Frontier, after: Frontier) -> None:
+        seen.append(sum(map(len, before.of(old))))
+
+    module = analysis.captured.module
+    assert lockstep.lockstep(module, slim.module, slim.twins, samples(), visit, is_convolution) == ran == seen[-1]

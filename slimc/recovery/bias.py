@@ -16,7 +16,7 @@ from slimc.regression import Fit, Moments, mean_only, none
 def bias(task: Task) -> str:
     """Fit every layer's bias; layers without one, and without a batch norm behind, stay as they are."""
     tally = refit(task, _mean)
-    return f"biases only: {tally} on {task.samples.count} samples ({task.samples.source})"
+    return f"biases only: {tally} on {tally.samples} samples ({task.samples.source})"
 
 
 def _mean(fitted: Moments, judged: Moments, layer: Layer) -> Fit:

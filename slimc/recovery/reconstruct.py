@@ -56,11 +56,12 @@ Choose = Callable[[Moments, Moments, Layer], Fit]
 
 @dataclass
 class Tally:
-    """How many readers were fitted, and how many not and why."""
+    """How many readers were fitted, and how many not and why; on how many samples."""
 
     fitted: int = 0
     unchanged: int = 0
     wide: int = 0
+    samples: int = 0
 
     def __str__(self) -> str:
         parts = [f"{self.fitted} of {self.fitted + self.unchanged + self.wide} layers fitted"]
@@ -78,7 +79,7 @@ def reconstruct(task: Task) -> str:
     Raises UsageError where the samples lead to values that are not finite.
     """
     tally = refit(task, lambda fitted, judged, layer: choose(fitted, judged, layer.importance, layer.offset))
-    return f"{tally} by least squares on {task.samples.count} samples ({task.samples.source})"
+    return f"{tally} by least squares on {tally.samples} samples ({task.samples.source})"
 
 
 def refit(task: Task, choose: Choose) -> Tally:
@@ -93,7 +94,9 @@ def refit(task: Task, choose: Choose) -> Tally:
         _fit(task, reader, old, before, after, generator, choose, tally)
         task.tick(tally.fitted + tally.unchanged + tally.wide, total)
 
-    lockstep(task.original, task.slim, task.twins, task.samples, visit, lambda old: task.twins.get(old) in found)
+    tally.samples = lockstep(
+        task.original, task.slim, task.twins, task.samples, visit, lambda old: task.twins.get(old) in found
+    )
     return tally
 
 

@@ -17,7 +17,7 @@ from slimc.regression import RIDGES, Fit, Moments, mean_only, none, scaled
 def scale(task: Task) -> str:
     """Fit factors and offsets of every layer that nothing else shares."""
     tally = refit(task, _scalars)
-    return f"one factor per channel: {tally} on {task.samples.count} samples ({task.samples.source})"
+    return f"one factor per channel: {tally} on {tally.samples} samples ({task.samples.source})"
 
 
 def _scalars(fitted: Moments, judged: Moments, layer: Layer) -> Fit:
