@@ -110,8 +110,7 @@ def compress(
     method = scores.find(scorer if scorer != "auto" else "obs" if calibration else "magnitude")
     if method.needs != "weights" and calibration is None:
         raise UsageError(f"--scorer {method.name} needs --data: its samples cannot be made up for these inputs")
-    few = data is not None and calibration is not None and calibration.count < _FEW and method.needs != "labels"
-    extra = _invented(analysis, seed, stages) if few and steps else None
+    extra = _beside(analysis, data, calibration, seed, stages) if steps and method.needs != "labels" else None
     # What judges recovery is not scored on.
     fit = recovery.set_aside(calibration)[0] if calibration and steps else calibration
     fit = fit.with_more(extra) if fit and extra else fit
@@ -169,7 +168,7 @@ def apply(
     seed = numbers[1]
     calibration = gather(analysis, data, samples, seed, stages) if wanted else None
     if calibration and (steps := _possible(wanted, calibration)):
-        slim.fit(steps, calibration)
+        slim.fit(steps, calibration, _beside(analysis, data, calibration, seed, stages))
     return slim
 
 
@@ -321,8 +320,16 @@ def gather(
         return synthetic(captured, limit, analysis.work, seed)
 
 
+def _beside(
+    analysis: Analysis, data: Iterable[Any] | None, calibration: Samples | None, seed: int, stages: Stages
+) -> Samples | None:
+    """What is made up beside the user's samples where these are too few to fit every layer on."""
+    few = data is not None and calibration is not None and calibration.count < _FEW
+    return _invented(analysis, seed, stages) if few else None
+
+
 def _invented(analysis: Analysis, seed: int, stages: Stages) -> Samples | None:
-    """Pictures or tokens made up, beside samples that are too few to fit every layer on."""
+    """Pictures or tokens made up, as many as are quick."""
     count = made_up(analysis.work)
     if not count:
         return None

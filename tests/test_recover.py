@@ -380,10 +380,13 @@ def test_a_graph_with_modules_in_it_is_fitted_like_any_other(name: str) -> None:
 def test_few_samples_are_joined_by_made_up_ones_that_nothing_is_judged_by() -> None:
     data = noise(32, 3, 8, 8, seed=1)
     options: dict[str, Any] = {"flops": 0.6, "round_to": 1, "recover": "reconstruct"}
-    few = slimc.compress(seeded(Block), data[:2], data=[data], **options).report.calibration
+    slim = slimc.compress(seeded(Block), data[:2], data=[data], **options)
+    again = slimc.apply(seeded(Block), slim.plan, data[:2], data=[data], recover="reconstruct")
+    few = slim.report.calibration
     many = slimc.compress(seeded(Block), data[:2], data=[noise(200, 3, 8, 8, seed=1)], **options).report.calibration
     assert few is not None
     assert many is not None
     assert (few.judged, few.fitted) == (6, 26 + 256)
     assert few.source.startswith("26 samples of --data and 256 synthetic pictures")
     assert (many.judged, many.fitted, many.source) == (40, 160, "--data")
+    assert again.report.calibration == few
