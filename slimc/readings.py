@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn import functional
 
 from .activations import Place, See, watch
 from .errors import UsageError
@@ -32,7 +31,7 @@ from .scores import Subject
 POSITIONS = 10
 _ROWS = 4096
 """Rows of a layer that are kept; with very many samples fewer positions are drawn of each."""
-_BLOCK = 2**24
+_BLOCK, _PARTS = 2**24, 16
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,18 @@ class Reading:
         channels, kernel = rows.shape[1:]
         place = torch.from_numpy(members[chosen]).to(rows.device)
         total = torch.zeros(group.width, group.width, dtype=torch.float64, device=rows.device)
-        step = max(1, _BLOCK // max(1, channels * kernel * kernel))
+        step = max(1, min(-(-channels // _PARTS), _BLOCK // max(1, channels * kernel * kernel)))
         for start in range(0, channels, step):
-            block = slice(start, start + step)
-            inputs = rows[:, block].flatten(1).T @ flat_rows
-            each = (inputs * (weight[:, block].flatten(1).T @ flat_weight)).double()
-            each = each.reshape(-1, kernel, channels, kernel).sum((1, 3))
-            narrow = each.new_zeros(len(each), group.width).index_add_(1, place, each)
-            total.index_add_(0, place[block], narrow)
+            block, rest = slice(start, start + step), slice(start * kernel, None)
+            own = slice(start * kernel, (start + step) * kernel)
+            # Products are symmetric: each pair of blocks is computed once.
+            each = (flat_rows[:, own].T @ flat_rows[:, rest]) * (flat_weight[:, own].T @ flat_weight[:, rest])
+            each = each.double().reshape(-1, kernel, channels - start, kernel).sum((1, 3))
+            here = each.new_zeros(len(each), group.width)
+            other = here.clone().index_add_(1, place[start + step :], each[:, step:])
+            here.index_add_(1, place[block], each[:, :step])
+            total.index_add_(0, place[block], here + other)
+            total.index_add_(1, place[block], other.T)
         return total
 
 
@@ -179,19 +182,22 @@ def _sample(node: Node, value: Tensor, seeds: Sequence[tuple[int, int]], each: i
     stride, dilation = (_spread(call[name], rank) for name in ("stride", "dilation"))
     reach = [d * (int(k) - 1) for d, k in zip(dilation, kernel, strict=True)]
     padding = _padding(call["padding"], reach)
-    flat = [side for pair in reversed(padding) for side in pair]
-    padded = functional.pad(value, flat)
-    sizes = [(padded.shape[2 + i] - reach[i] - 1) // stride[i] + 1 for i in range(rank)]
+    whole = [size + sum(own) for size, own in zip(value.shape[2:], padding, strict=True)]
+    sizes = [(size - reach[i] - 1) // stride[i] + 1 for i, size in enumerate(whole)]
     chosen = _draw(seeds, int(np.prod(sizes)), each, value.device)
     where = np.unravel_index(chosen.cpu().numpy().reshape(-1), sizes)
-    index: list[Any] = [
-        torch.arange(len(seeds)).repeat_interleave(chosen.shape[1]).reshape(-1, *[1] * rank),
-        slice(None),
-    ]
+    first = torch.arange(len(seeds)).repeat_interleave(chosen.shape[1]).reshape(-1, *[1] * rank)
+    index: list[Any] = [first, slice(None)]
+    outside = torch.zeros(len(first), *kernel, dtype=torch.bool)
     for i, start in enumerate(where):
-        steps = torch.from_numpy(start * stride[i])[:, None] + torch.arange(int(kernel[i])) * dilation[i]
-        index.append(steps.reshape(len(steps), *[-1 if j == i else 1 for j in range(rank)]))
-    patches = padded[tuple(index)]  # [rows, *kernel, channels], as indexing with a slice between has it
+        corner, inner = torch.from_numpy(start * stride[i] - padding[i][0]), torch.arange(int(kernel[i])) * dilation[i]
+        steps = (corner[:, None] + inner).reshape(len(corner), *[-1 if j == i else 1 for j in range(rank)])
+        last = value.shape[2 + i] - 1
+        outside |= (steps < 0) | (steps > last)
+        index.append(steps.clamp(0, last))
+    patches = value[tuple(index)]  # [rows, *kernel, channels], as indexing with a slice between has it
+    # The padding is zero; a padded copy of every map would take longer than the sampling.
+    patches = patches.masked_fill_(outside.to(value.device)[..., None], 0)
     return patches.movedim(-1, 1).flatten(2)
 
 
