@@ -116,8 +116,9 @@ def compress(
     fit = fit.with_more(extra) if fit and extra else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
     options = How(normalise, select, alignment, round_to == "auto", tuple(analysis.matching(ignore)))
-    # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples.
-    between = fit if data is not None and BETWEEN in steps else None
+    # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples. Few
+    # samples fit layers too loosely for that: with 32 the result was further off than by a choice at once.
+    between = fit if data is not None and extra is None and BETWEEN in steps else None
     chosen = choose(analysis, method, subject, limits, options, stages, between)
     choice = chosen.choice
     how = {

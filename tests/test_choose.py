@@ -56,7 +56,7 @@ def test_steps_follow_from_how_much_goes() -> None:
 
 @pytest.mark.parametrize("scorer", ["obs", "magnitude", "fisher", "thinet"])
 def test_steps_end_within_the_budget_on_aligned_widths(scorer: str) -> None:
-    data = [(noise(32, 3, 8, 8, seed=5), torch.randint(5, (32,), generator=torch.Generator().manual_seed(0)))]
+    data = [(noise(128, 3, 8, 8, seed=5), torch.randint(5, (128,), generator=torch.Generator().manual_seed(0)))]
     slim = slimc.compress(
         seeded(ResNet), noise(2, 3, 8, 8), flops=0.5, scorer=scorer, data=data, round_to=2, recover="reconstruct"
     )
@@ -70,7 +70,7 @@ def test_steps_end_within_the_budget_on_aligned_widths(scorer: str) -> None:
 
 def test_a_budget_out_of_reach_is_told_as_a_share_of_the_whole_model() -> None:
     model, inputs = seeded(ResNet), noise(2, 3, 8, 8)
-    together: dict[str, Any] = {"data": [noise(32, 3, 8, 8)], "recover": "reconstruct", "round_to": 1}
+    together: dict[str, Any] = {"data": [noise(128, 3, 8, 8)], "recover": "reconstruct", "round_to": 1}
     with pytest.raises(UnreachableTarget, match="smallest that can be reached is") as refused:
         slimc.compress(model, inputs, flops=0.001, **together)
     words = str(refused.value).split()
@@ -87,10 +87,11 @@ def test_a_budget_out_of_reach_is_told_as_a_share_of_the_whole_model() -> None:
         {"recover": "bn"},
         {"recover": "reconstruct", "select": "exact"},
         {"recover": "reconstruct", "data": None},
+        {"recover": "reconstruct", "data": [noise(127, 3, 8, 8)]},
     ],
-    ids=str,
+    ids=["plain cut", "batch norms only", "exact selection", "made up", "few"],
 )
-def test_one_step_where_nothing_is_fitted_or_samples_are_made_up_or_selection_is_exact(options: dict[str, Any]) -> None:
-    given = {"data": [noise(32, 3, 8, 8, seed=5)], **options}
+def test_one_step_where_nothing_is_fitted_or_samples_are_few_or_selection_is_exact(options: dict[str, Any]) -> None:
+    given = {"data": [noise(128, 3, 8, 8, seed=5)], **options}
     slim = slimc.compress(seeded(ResNet), noise(2, 3, 8, 8), flops=0.5, **given)
     assert slim.plan.method["steps"] == 1
