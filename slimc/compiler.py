@@ -118,7 +118,8 @@ def compress(
     options = How(normalise, select, alignment, round_to == "auto", tuple(analysis.matching(ignore)))
     # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples. Few
     # samples fit layers too loosely for that: with 32 the result was further off than by a choice at once.
-    between = fit if data is not None and extra is None and BETWEEN in steps else None
+    enough = data is not None and calibration is not None and not _is_few(calibration)
+    between = fit if enough and BETWEEN in steps else None
     chosen = choose(analysis, method, subject, limits, options, stages, between)
     choice = chosen.choice
     how = {
@@ -324,9 +325,14 @@ def gather(
 def _beside(
     analysis: Analysis, data: Iterable[Any] | None, calibration: Samples | None, seed: int, stages: Stages
 ) -> Samples | None:
-    """What is made up beside the user's samples where these are too few to fit every layer on."""
-    few = data is not None and calibration is not None and calibration.count < _FEW
+    """What is made up beside the user's samples where these are few."""
+    few = data is not None and calibration is not None and _is_few(calibration)
     return _invented(analysis, seed, stages) if few else None
+
+
+def _is_few(samples: Samples) -> bool:
+    """Whether samples are too few to fit every layer on."""
+    return samples.count < _FEW
 
 
 def _invented(analysis: Analysis, seed: int, stages: Stages) -> Samples | None:

@@ -88,8 +88,9 @@ def test_a_budget_out_of_reach_is_told_as_a_share_of_the_whole_model() -> None:
         {"recover": "reconstruct", "select": "exact"},
         {"recover": "reconstruct", "data": None},
         {"recover": "reconstruct", "data": [noise(127, 3, 8, 8)]},
+        {"recover": "reconstruct", "data": [(noise(127, 3, 8, 8), torch.arange(127) % 5)], "scorer": "fisher"},
     ],
-    ids=["plain cut", "batch norms only", "exact selection", "made up", "few"],
+    ids=["plain cut", "batch norms only", "exact selection", "made up", "few", "few with labels"],
 )
 def test_one_step_where_nothing_is_fitted_or_samples_are_few_or_selection_is_exact(options: dict[str, Any]) -> None:
     given = {"data": [noise(128, 3, 8, 8, seed=5)], **options}
