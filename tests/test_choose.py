@@ -33,7 +33,7 @@ class Twins(nn.Module):
 
 def kept(model: nn.Module, **options: Any) -> list[int]:
     """Which hidden channels stay, by the row of the first weight."""
-    inputs = noise(64, 3, seed=3)
+    inputs = noise(128, 3, seed=3)  # enough to choose in steps
     slim = slimc.compress(model, inputs[:2], round_to=1, data=[inputs], **options)
     return list(slim.plan.kept["a.weight"][0])
 
