@@ -24,12 +24,12 @@ from slimc.graph.capture import Example
 from slimc.graph.infer import tensors_of
 from slimc.lockstep import trainable_at_once
 from slimc.recover import Task, step
+from slimc.recovery.optimiser import Optimiser, matrices
 
 EPOCHS = 100
 _MOST, _MOST_INVENTED = 2e13, 4e12
 """Work of a whole distillation: made-up samples are worth less of it."""
 _FEWEST_EPOCHS = 5
-_RATE = 1e-3
 _BATCH = 32
 _WARMUP = 0.1
 _PASTED, _BLENDED = 0.75, 0.5
@@ -39,10 +39,10 @@ _PASTED, _BLENDED = 0.75, 0.5
 @step(
     "distill",
     "train briefly to give the original's outputs and inner values, without labels",
-    "Hinton et al., 2015; Romero et al., FitNets, ICLR 2015",
+    "Hinton et al., 2015; Romero et al., FitNets, ICLR 2015; Jordan et al., Muon, 2024",
 )
 def distill(task: Task) -> str:
-    """Train all parameters of the slim graph with Adam; see the module for what it is drawn to."""
+    """Train all parameters of the slim graph; see the module for what it is drawn to."""
     parameters = [p for p in task.slim.parameters() if p.is_floating_point()]
     batches = _batches(task)
     samples = sum(len(batch.tensors()[0]) for batch in batches)
@@ -51,22 +51,18 @@ def distill(task: Task) -> str:
         return "distillation left out: it would take too long on this machine"
     wanted = _inner(task)
     generator = torch.Generator().manual_seed(task.seed)
-    optimiser = torch.optim.Adam(parameters, lr=_RATE)
     steps = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: _rate(done, steps))
     trained = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
+    optimiser = Optimiser(parameters, matrices(task, max(len(batch.tensors()[0]) for batch in batches)))
     try:
         for done in range(steps):
             if done % len(batches) == 0:
                 order = torch.randperm(len(batches), generator=generator).tolist()
             example = _varied(batches[order[done % len(batches)]], generator)
-            loss = _loss(task, example, wanted)
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
+            _loss(task, example, wanted).backward()  # type: ignore[no-untyped-call]
+            optimiser.step(_rate(done, steps))
             task.tick(done + 1, steps)
     finally:
         for parameter, before in zip(parameters, trained, strict=True):
