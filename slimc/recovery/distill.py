@@ -6,7 +6,8 @@ keep their statistics, so that what is trained is what is deployed.
 
 Sources: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), with squared differences of
 logits, which is their limit of high temperature (section 2.1); Romero et al., "FitNets" (ICLR 2015), equation 3, for
-values inside; Zhang et al., "mixup" (ICLR 2018) and Yun et al., "CutMix" (ICCV 2019) for the mixing.
+values inside; Zhang et al., "mixup" (ICLR 2018) and Yun et al., "CutMix" (ICCV 2019) for the mixing. How parameters
+move is in `optimiser`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def distill(task: Task) -> str:
     samples = sum(len(batch.tensors()[0]) for batch in batches)
     epochs = _epochs(task, samples)
     if not epochs:
-        return "distillation left out: it would take too long on this machine"
+        return f"left out: {_FEWEST_EPOCHS} epochs, the fewest that are of use, would take too long"
     wanted = _inner(task)
     generator = torch.Generator().manual_seed(task.seed)
     steps = epochs * len(batches)

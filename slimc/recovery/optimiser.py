@@ -1,7 +1,7 @@
 """Steps of distillation: the weights of layers move by orthogonal matrices (Muon), whatever else is trained by Adam.
 
-An orthogonal step moves every direction of a matrix as far, also those that gradients hardly show. On ResNet-20 the
-slim network came as near to the original in 25 epochs as in 100 of Adam's.
+An orthogonal step moves every direction of a matrix as far, also those that gradients hardly show. A slim ResNet-20
+came about as near to the original in 25 epochs as in 100 of Adam's (at 70% of the FLOPs, one seed).
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); convolutions are taken as
 matrices of outputs by inputs.
