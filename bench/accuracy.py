@@ -25,7 +25,7 @@ from torch import Tensor
 import slimc
 from bench import peer_cut
 from bench.fashion import NETWORKS, Fashion, accuracy, fit, trained
-from bench.page import RESULTS, header
+from bench.page import RESULTS, header, processor
 from slimc import scores
 
 ROWS = RESULTS / "accuracy.jsonl"
@@ -75,7 +75,7 @@ def measure(
         "network": network, "seed": seed, "scorer": scorer, "budget": budget, "samples": samples, "recover": recover,
         "before": before, "cut": cut, "recovered": recovered, "finetuned": tuned, "got": got,
         "seconds": round(seconds, 1), "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
+        "machine": processor(), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -132,12 +132,12 @@ def write_page() -> None:
     lines = [
         "# Accuracy on Fashion-MNIST's validation pictures",
         "",
-        header(),
+        header(rows=rows()),
         "",
         "Percent right on 10,000 validation pictures that nothing was fitted on, means over seeds. *cut*: right after",
         "the removal; *recovered*: after recovery without labels on so many training pictures (0: none, pictures are",
         "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels. Any width",
-        "(`--round-to 1`). Dates are those of the last row of each line; earlier ones are of another machine.",
+        "(`--round-to 1`). Dates are those of the last row of each line.",
         "",
         "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned "
         "| date |",

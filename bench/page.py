@@ -7,8 +7,10 @@ import importlib.metadata
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +46,17 @@ def times(values: tuple[float, float, float]) -> str:
     return f"{values[0]:.{digits}f} ({values[1]:.{digits}f} to {values[2]:.{digits}f})"
 
 
-def header(threads: int | None = None) -> str:
-    """Where, when and how: the lines that stand above every table."""
+def processor() -> str:
+    """This machine's processor in words, as rows that are added one by one hold it."""
+    here = machine.describe()
+    return f"{here.cpu} ({here.simd})"
+
+
+def header(threads: int | None = None, rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Where, when and how: the lines that stand above every table.
+
+    rows: those of the table where they were measured one by one, perhaps not here: each names its machine.
+    """
     here = machine.describe()
     found = [f"python {here.versions['python']}"]
     for name in ("slimc", *_LIBRARIES):
@@ -55,10 +66,13 @@ def header(threads: int | None = None) -> str:
             continue
     memory = f", {here.memory_bytes / 2**30:.0f} GiB of memory" if here.memory_bytes else ""
     used = f"; {threads} threads used" if threads else ""
+    place = f"{processor()}, {here.logical_cores} logical cores{memory}{used}"
+    if rows:
+        place = ", ".join(f"{name} ({count} rows)" for name, count in Counter(r["machine"] for r in rows).most_common())
     return "\n".join(
         [
             f"- Date: {datetime.date.today().isoformat()}",
-            f"- Machine: {here.cpu} ({here.simd}), {here.logical_cores} logical cores{memory}{used}",
+            f"- Machine: {place}",
             f"- Versions: {', '.join(found)}",
             f"- Command: `python -m {shlex.join([_script(sys.argv[0]), *_arguments(sys.argv[1:])])}`",
         ]

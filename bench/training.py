@@ -27,11 +27,12 @@ from torch import nn
 
 import slimc
 from bench.fashion import EPOCHS, NETWORKS, Fashion, trained
-from bench.page import RESULTS, header
+from bench.page import RESULTS, header, processor
 from bench.peer_cut import macs, pruner_of, shrink
 from slimc.graph.capture import Example
 from slimc.samples import batch_of
 from slimc.training.feeds import Arrays
+from slimc.training.layout import arrange
 from slimc.training.loop import Hooks, Loop, evaluate
 from slimc.training.recipe import Recipe
 from slimc.training.stream import Stream, kept_random_state
@@ -84,7 +85,7 @@ def measure(network: str, seed: int, budget: float, method: str, epochs: float, 
     return {
         "network": network, "seed": seed, "budget": budget, "method": method, "epochs": epochs, "before": before,
         "after": data.accuracy(module.eval()), "got": left / whole, "seconds": round(time.perf_counter() - started, 1),
-        "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
+        "threads": torch.get_num_threads(), "machine": processor(), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def peer(model: nn.Module, method: str, budget: float, epochs: float, seed: int,
 
 
 def _train(module: nn.Module, stream: Stream, epochs: float, recipe: Recipe, hooks: Hooks | None = None) -> None:
-    module.to(memory_format=torch.channels_last)
+    arrange(module)
     loop = Loop(module, stream, max(1, round(epochs * len(stream))), recipe, hooks=hooks)
     while loop.done < loop.steps:
         loop.step()
@@ -168,14 +169,13 @@ def write_page() -> None:
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows():
         grouped[row["network"], row["budget"], row["epochs"], row["method"]].append(row)
-    lines = ["# Schedules against each other, with the same epochs", "", header(), ""]
+    lines = ["# Schedules against each other, with the same epochs", "", header(rows=rows()), ""]
     lines += [
         "Percent right on 10,000 validation pictures of Fashion-MNIST that nothing was chosen by. All methods start",
         "from the same checkpoints and have the same epochs in all, all phases included, the",
         "same recipe (SGD, Nesterov momentum 0.9, peak rate 0.05, cosine, batch 128, mirrored and moved pictures) and",
         "any width. *fitted*: layers are fitted again without labels after every cut (ours); else the method is as it",
-        "was published. `tp:` is Torch-Pruning. Minutes are those of a busy machine; rows of an earlier date are of",
-        "another machine. Baselines were trained for "
+        "was published. `tp:` is Torch-Pruning. Minutes are those of busy machines. Baselines were trained for "
         + ", ".join(f"{count} ({name})" for name, count in EPOCHS.items()) + " epochs.",
         "",
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from slimc.samples import Batch, batch_of, check_finite
 
 from . import workers
 from .features import Features
+from .layout import layout
 from .recipe import Recipe, build, factor
 from .stream import Stream, kept_random_state
 
@@ -229,17 +230,6 @@ def _distributed(module: nn.Module) -> nn.Module:
     first = next(module.parameters())
     devices = [first.device.index] if first.is_cuda else None
     return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
-
-
-def layout(batch: Batch, module: nn.Module) -> Batch:
-    """Pictures in the memory layout in which this machine's convolutions are fast."""
-    if not any(parameter.dim() == 4 for parameter in module.parameters()):
-        return batch
-
-    def change(tensor: Tensor) -> Tensor:
-        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-
-    return replace(batch, example=batch.example.map(change))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from slimc.errors import Interrupted, UsageError
 
 from . import workers
 from .features import Features
+from .layout import arrange
 from .loop import Hooks, Loop
 from .recipe import Recipe
 
@@ -110,8 +111,7 @@ class Trainer:
             raise UsageError(f"there is no data= to train the phase {phase.name!r} with; train it and call done()")
         self._run, self._phase, self._stream = run, phase, run.stream
         module = run.network.module
-        if any(parameter.dim() == 4 for parameter in module.parameters()):
-            module.to(memory_format=torch.channels_last)
+        arrange(module)
         start = round(run.spent * len(self._stream))
         steps = max(1, round((run.spent + phase.epochs) * len(self._stream)) - start) if phase.epochs > 0 else 0
         self._loop = Loop(
