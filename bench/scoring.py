@@ -105,7 +105,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     case = {"scorer": name, "model": options.model, "batches": options.batches, "size": options.size}
-    return {**case, **found, "threads": options.threads, "date": datetime.date.today().isoformat()}
+    place = {"threads": options.threads, "machine": page.processor(), "date": datetime.date.today().isoformat()}
+    return {**case, **found, **place}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -118,7 +119,7 @@ def write_page() -> None:
     """bench/results/scoring.md: one table for each model and amount of data."""
     known = scores.methods()
     parts = [
-        page.header(),
+        page.header(rows=rows()),
         "Random pictures of 224 x 224, which are in memory. Processor time, so that other programs count little. Plain "
         "passes: the model's own forward (inputs) or forward and backward (labels) over the same pictures in parts of "
         f"{_PART}, one batch times their number: the median of four runs, two of them before scoring and two after it, "
