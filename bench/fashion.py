@@ -137,13 +137,13 @@ def fit(model: nn.Module, data: Fashion, *, epochs: int, rate: float, seed: int,
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=rate, total_steps=epochs * data.steps(), pct_start=warmup, anneal_strategy="linear"
     )
-    shape = memory_format(model)
-    model.train().to(memory_format=shape)
+    wanted = memory_format(model)
+    model.train().to(memory_format=wanted)
     for epoch in range(epochs):
         started, total = time.perf_counter(), 0.0
         for images, labels in data.batches(generator):
             with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16("cpu")):
-                logits = model(images.to(memory_format=shape))
+                logits = model(images.to(memory_format=wanted))
             loss = functional.cross_entropy(logits.float(), labels)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
