@@ -107,10 +107,10 @@ def main() -> None:
         data = Fashion()
         every = sorted(scores.methods())
         names = [name for given in options.scorers for name in (every if given == "all" else [given])]
-        known = {tuple(row[k] for k in KEY) for row in rows()}
         cases = itertools.product(options.seeds, options.networks, options.samples, options.budgets, names)
         for seed, network, samples, budget, scorer in cases:
-            if (network, seed, scorer, budget, samples, options.recover) in known:
+            # Read each time: another process may be at the same list.
+            if (network, seed, scorer, budget, samples, options.recover) in {tuple(r[k] for k in KEY) for r in rows()}:
                 continue
             row = measure(network, seed, scorer, budget, samples, options.recover, options.finetune, data)
             print(json.dumps(row), flush=True)
