@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from slimc.datasets import fashion_mnist
 from slimc.demo import ResidualBlock
-from slimc.training.layout import memory_format
+from slimc.onednn import Guard
 from slimc.training.loop import computes_in_bfloat16
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -137,13 +137,12 @@ def fit(model: nn.Module, data: Fashion, *, epochs: int, rate: float, seed: int,
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=rate, total_steps=epochs * data.steps(), pct_start=warmup, anneal_strategy="linear"
     )
-    wanted = memory_format(model)
-    model.train().to(memory_format=wanted)
+    model.train().to(memory_format=torch.channels_last)
     for epoch in range(epochs):
         started, total = time.perf_counter(), 0.0
         for images, labels in data.batches(generator):
-            with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16("cpu")):
-                logits = model(images.to(memory_format=wanted))
+            with Guard(), torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16("cpu")):
+                logits = model(images.to(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), labels)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ from .errors import UsageError
 from .graph.infer import Types, attribute, hint
 from .graph.rule import operator_name
 from .losses import check_finite, loss_of
+from .onednn import Guard
 from .passes import batches_of, is_view, parts, run_graph
 from .roles import Site
 from .samples import Batch
@@ -226,7 +227,9 @@ class _Trained(Watching):
         """Of the mean loss of some samples; zeros for a parameter that the loss does not see."""
         self.batch = batch
         with torch.enable_grad():
-            value = loss(run_graph(self, self.module, batch), batch.targets)
+            with Guard():
+                outputs = run_graph(self, self.module, batch)
+            value = loss(outputs, batch.targets)
             check_finite(value.detach(), number)
             leaves = list(self._leaves.values())
             if not value.requires_grad:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from slimc.graph.capture import Example
 from slimc.graph.infer import tensors_of
 from slimc.lockstep import trainable_at_once
+from slimc.onednn import Guard
 from slimc.recover import Task, step
 from slimc.recovery.optimiser import Optimiser, matrices
 
@@ -139,7 +140,9 @@ def _loss(task: Task, example: Example, wanted: dict[Node, Node]) -> Tensor:
     teacher, student = _Catching(task.original, set(wanted)), _Catching(task.slim, set(wanted.values()))
     with torch.no_grad():
         goals = teacher.results(example)
-    outer = [_relative(value, goal) for value, goal in zip(student.results(example), goals, strict=True)]
+    with Guard():
+        results = student.results(example)
+    outer = [_relative(value, goal) for value, goal in zip(results, goals, strict=True)]
     inner = [
         _relative(student.caught[new], task.cut.select(teacher.caught[old], task.types.values[old]))
         for old, new in wanted.items()

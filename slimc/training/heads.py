@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from slimc.errors import UsageError
 from slimc.losses import first_output
+from slimc.onednn import Guard
 from slimc.samples import Batch
 from slimc.scores import Loss
 
@@ -92,7 +93,8 @@ class Heads:
         total = {name: torch.zeros_like(parameter) for name, parameter in chosen.items()}
         count = 0
         for batch in batches:
-            outputs = batch.example.run(self._owner)
+            with Guard():
+                outputs = batch.example.run(self._owner)
             losses = [*self.losses(batch.targets, loss), loss(first_output(outputs), batch.targets)]
             count += batch.count
             left = dict(chosen)

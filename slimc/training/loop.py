@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
 from slimc.losses import check_labels, first_output, scalar
+from slimc.onednn import Guard
 from slimc.samples import Batch, batch_of, check_finite
 
 from . import workers
@@ -139,7 +140,8 @@ class Loop:
     def _value(self, batch: Batch) -> Tensor:
         example = layout(batch, self.module)
         with autocast(self.recipe, example.example.tensors()[0].device):
-            outputs = example.example.run(self._worker)
+            with Guard():
+                outputs = example.example.run(self._worker)
             wanted = None
             if self._teacher is not None:
                 with torch.no_grad():
