@@ -37,6 +37,8 @@ STAGES = {
 }
 
 _TRAINING = {"train", "cut"}
+_TOLD_EVERY = 60.0
+"""Seconds between lines that say how far a stage is, where no terminal shows a bar."""
 _KINDS = {"scorer": "--scorer", "schedule": "--schedule", "recovery": "--recover"}
 
 
@@ -50,7 +52,7 @@ class Console:
         self._bar: Progress | None = None
         self._stage: tuple[str, float] | None = None
         self._cutting, self._cut_since = 0.0, 0.0
-        self._detail = ""
+        self._detail, self._told_at = "", 0.0
         self._pace: tuple[float, float] | None = None
 
     def __enter__(self) -> Console:
@@ -71,15 +73,14 @@ class Console:
             self._print_out(text)
         if kind == "stage":
             self._begin_stage(text)
-        elif kind in ("detail", "tick") and self._bar is not None and self._stage is not None:
+        elif kind in ("detail", "tick") and self._stage is not None:
             stage = STAGES.get(self._stage[0], self._stage[0])
             self._detail = text if kind == "detail" else self._detail
             parts = [self._detail, text if kind == "tick" else ""]
-            told = " ".join(escape(part) for part in parts if part)
-            self._bar.update(self._bar.task_ids[0], description=f"{stage}: {told}")
-        elif kind == "live" and self._bar is not None and self._stage is not None:
+            self._show(f"{stage}: {' '.join(part for part in parts if part)}")
+        elif kind == "live" and self._stage is not None:
             share, _, told = text.partition(" ")
-            self._bar.update(self._bar.task_ids[0], description=f"{escape(told)}, {self._time_left(float(share))}")
+            self._show(f"{told}, {self._time_left(float(share))}")
         elif kind in ("note", "phase"):
             self._err.print(escape(text), soft_wrap=True)
 
@@ -93,6 +94,15 @@ class Console:
             return f"{100 * share:.0f}% trained"
         left = (1 - share) * (now - start) / (share - begun)
         return f"{100 * share:.0f}% trained, {_clock(left)} left"
+
+    def _show(self, text: str) -> None:
+        """How far a stage is: in the bar, or now and then in a line of its own."""
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=escape(text))
+        elif now - self._told_at >= _TOLD_EVERY:
+            self._told_at = now
+            self._err.print(f"  {escape(text)}", soft_wrap=True)
 
     def _print_out(self, text: str) -> None:
         """A line on stdout, above the bar where both share a terminal."""
@@ -109,7 +119,7 @@ class Console:
         self._end_stage()
         self._stage = (name, now)
         self._cut_since = now if name == "cut" else 0.0
-        self._detail = ""
+        self._detail, self._told_at = "", now
         if not self._err.is_terminal:
             return
         if self._bar is None:

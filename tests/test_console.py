@@ -24,3 +24,24 @@ def test_a_stage_that_fails_is_marked(capsys: pytest.CaptureFixture[str]) -> Non
     console.progress("stage", "data")
     console.__exit__(ValueError, ValueError("x"), None)
     assert capsys.readouterr().err.startswith("✗ reading the data")
+
+
+def test_without_a_terminal_a_long_stage_says_once_a_minute_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = {"now": 0.0}
+    monkeypatch.setattr("slimc.console.time.perf_counter", lambda: clock["now"])
+    with Console(quiet=False, as_json=False) as console:
+        console.progress("stage", "score")
+        for clock["now"], done in ((30.0, 1), (59.0, 2), (61.0, 3), (62.0, 4), (125.0, 5)):
+            console.progress("tick", f"{done}/10")
+        console.progress("stage", "train")
+        for clock["now"], share in ((130.0, 0.1), (150.0, 0.2), (190.0, 0.4)):
+            console.progress("live", f"{share} tick, 80.0% FLOPs")
+    assert capsys.readouterr().err.splitlines() == [
+        "  scoring channels: 3/10",
+        "  scoring channels: 5/10",
+        "✓ scoring channels 125.0 s",
+        "  tick, 80.0% FLOPs, 40% trained, 2:00 left",
+        "✓ training 65.0 s",
+    ]
