@@ -4,7 +4,8 @@
     python -m bench.accuracy --scorers all tp:magnitude tp:taylor --recover reconstruct,bn --finetune   (hours)
     python -m bench.accuracy --render                        (the page from the rows measured so far)
 
-Rows are added to bench/results/accuracy.jsonl; those that are there are not measured again.
+Rows are added to bench/results/accuracy.jsonl; those that are there are not measured again, unless fine-tuning is asked
+for and was left out.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def main() -> None:
         cases = itertools.product(options.seeds, options.networks, options.samples, options.budgets, names)
         for seed, network, samples, budget, scorer in cases:
             # Read each time: another process may be at the same list.
-            if (network, seed, scorer, budget, samples, options.recover) in {tuple(r[k] for k in KEY) for r in rows()}:
+            known = rows().get((network, seed, scorer, budget, samples, options.recover))
+            if known and (known["finetuned"] is not None or not options.finetune):
                 continue
             row = measure(network, seed, scorer, budget, samples, options.recover, options.finetune, data)
             print(json.dumps(row), flush=True)
@@ -119,25 +121,26 @@ def main() -> None:
     write_page()
 
 
-def rows() -> list[dict[str, Any]]:
-    """All rows measured so far."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+def rows() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """All rows measured so far, the last of each case."""
+    found = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return {tuple(row[k] for k in KEY): row for row in found}
 
 
 def write_page() -> None:
     """bench/results/accuracy.md: means over seeds, and the points lost."""
     grouped = defaultdict(list)
-    for row in rows():
+    for row in rows().values():
         grouped[tuple(row[k] for k in KEY if k != "seed")].append(row)
     lines = [
         "# Accuracy on Fashion-MNIST's validation pictures",
         "",
-        header(rows=rows()),
+        header(rows=list(rows().values())),
         "",
         "Percent right on 10,000 validation pictures that nothing was fitted on, means over seeds. *cut*: right after",
         "the removal; *recovered*: after recovery without labels on so many training pictures (0: none, pictures are",
-        "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels. Any width",
-        "(`--round-to 1`). Dates are those of the last row of each line.",
+        "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels (in brackets: of",
+        "so many seeds). Any width (`--round-to 1`). Dates are those of the last row of each line.",
         "",
         "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned "
         "| date |",
@@ -149,6 +152,9 @@ def write_page() -> None:
         )
         lost = None if before is None or recovered is None else before - recovered
         numbers = " | ".join("–" if n is None else f"{n:.2f}" for n in (before, cut, recovered, lost, tuned))
+        seeds_tuned = sum(row["finetuned"] is not None for row in found)
+        if 0 < seeds_tuned < len(found):
+            numbers += f" ({seeds_tuned})"
         date = max(row["date"] for row in found)
         lines.append(
             f"| {network} | {scorer} | {budget:g} | {samples} | {recover} | {len(found)} | {numbers} | {date} |"

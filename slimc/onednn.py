@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 _BLOCK = 16
 """Channels that the widest kernels of a processor take at once (AVX-512; 8 with AVX2)."""
 _CONVOLUTIONS = {"conv2d", "convolution"}
+_NAMES = ("input", "weight", "bias", "stride")
+"""Their first arguments, in order."""
 
 
 class Guard(TorchFunctionMode):
@@ -26,22 +28,25 @@ class Guard(TorchFunctionMode):
         """Call a function of torch's."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0]
-        if name not in _CONVOLUTIONS or not torch.is_grad_enabled() or not _is_at_risk(args, kwargs):
+        if name not in _CONVOLUTIONS or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        x, weight = args[0], args[1]
+        given = dict(zip(_NAMES, args, strict=False)) | kwargs
+        if not _is_at_risk(given):
+            return func(*args, **kwargs)
+        x = given["input"]
         # Copies: where an axis has one place, a tensor is in both layouts, and torch may take it for the other.
-        usual = [t.clone(memory_format=torch.contiguous_format) for t in (x, weight)]
-        result = func(*usual, *args[2:], **kwargs)
+        usual = {n: given[n].clone(memory_format=torch.contiguous_format) for n in ("input", "weight")}
+        by_place = [usual.get(n, value) for n, value in zip(_NAMES, args, strict=False)]
+        result = func(*by_place, *args[len(by_place) :], **(kwargs | {n: usual[n] for n in usual.keys() & kwargs}))
         is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         return result.contiguous(memory_format=torch.channels_last) if is_last else result
 
 
-def _is_at_risk(args: Any, kwargs: Any) -> bool:
-    """Arguments of a convolution: input, weight, bias, stride, ..."""
-    if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
+def _is_at_risk(given: dict[str, Any]) -> bool:
+    """Arguments of a convolution, or of anything else, by name."""
+    x, weight, stride = given.get("input"), given.get("weight"), given.get("stride", 1)
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         return False
-    x, weight = args[:2]
-    stride = args[3] if len(args) > 3 else kwargs.get("stride", 1)
     strides = [stride] if isinstance(stride, int) else list(stride)
     return (
         x.device.type == "cpu"

@@ -65,9 +65,12 @@ def test_the_layout_that_came_in_goes_on() -> None:
     ("call", "inputs", "kernel", "copies"),
     [
         (lambda x, w: functional.conv2d(x, w, stride=2), 4, 1, True),
+        (lambda x, w: functional.conv2d(x, weight=w, stride=(1, 2)), 4, 1, True),
+        (lambda x, w: functional.conv2d(input=x, weight=w, bias=None, stride=2), 4, 1, True),
         (lambda x, w: torch.ops.aten.conv2d.default(x, w, None, [2, 2]), 4, 1, True),
         (lambda x, w: torch.convolution(x, w, None, [2, 2], [0, 0], [1, 1], False, [0, 0], 1), 4, 1, True),
         (functional.conv2d, 4, 1, False),
+        (lambda x, w: functional.conv_transpose2d(x, w.transpose(0, 1), stride=2), 4, 1, False),
         (lambda x, w: functional.conv2d(x, w, stride=2), 4, 3, False),
         (lambda x, w: functional.conv2d(x, w, stride=2), 16, 1, False),
     ],
