@@ -139,8 +139,8 @@ def write_page() -> None:
         "",
         "Percent right on 10,000 validation pictures that nothing was fitted on, means over seeds. *cut*: right after",
         "the removal; *recovered*: after recovery without labels on so many training pictures (0: none, pictures are",
-        "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels (in brackets:",
-        "of so many seeds). Any width (`--round-to 1`). Dates are those of the last row of each line.",
+        "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels (in",
+        "brackets: of so many seeds). Any width (`--round-to 1`). Dates are those of the last row of each line.",
         "",
         "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned "
         "| date |",
