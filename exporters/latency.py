@@ -100,9 +100,12 @@ def measure(
     on top). `input_shapes` gives sizes to free axes other than the batch. Raises UsageError, LoadError.
     """
     runtime = _runtime()
+    name = PROVIDERS.get(provider.lower(), provider)
+    if not name.endswith("ExecutionProvider"):
+        raise UsageError(f"there is no provider {provider!r}; known are {', '.join(PROVIDERS)}")
     request = Request(
         paths=tuple(str(_file(path)) for path in (before, after) if path is not None),
-        provider=PROVIDERS.get(provider, provider),
+        provider=name,
         threads=_positive("threads", threads if threads is not None else machine.physical_cores()),
         batch=None if batch is None else _positive("batch", batch),
         budget_seconds=budget_seconds,

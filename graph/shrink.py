@@ -59,7 +59,8 @@ def shrink(
         macs=tuple((count, value(axes)) for count, axes in types.macs),
     )
     groups = tuple(replace(group, variables=group.variables[cut.alive[group.variables]]) for group in grouping.groups)
-    numbers = {id(own): grouping.axis_number[whole] for whole, own in known.items()}
+    # What a normalisation takes its statistics over may be no axis of a value, and has no number.
+    numbers = {id(own): grouping.axis_number[whole] for whole, own in known.items() if whole in grouping.axis_number}
     return smaller, replace(grouping, groups=groups, axis_number=numbers)
 
 

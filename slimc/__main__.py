@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -10,8 +11,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from slimc.cli import app
 from slimc.errors import SlimcError
+
+
+def _command() -> None:
+    from slimc.cli import app  # takes half a second, in which an interrupt should end as it does later
+
+    app()
 
 
 def main() -> NoReturn:
@@ -26,7 +32,10 @@ def main() -> NoReturn:
         # torch's remarks about itself; what users should know is in the report.
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
-    sys.exit(guarded(app))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 has no arrows
+    sys.exit(guarded(_command))
 
 
 def _terminated(number: int, frame: Any) -> None:

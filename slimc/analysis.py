@@ -166,6 +166,8 @@ class Analysis:
 
     def matching(self, patterns: Sequence[str]) -> list[int]:
         """Numbers of the groups that touch a module or parameter matching one of the patterns (as file names do)."""
+        if isinstance(patterns, str):
+            raise UsageError(f"ignore={patterns!r}: give a list of patterns, such as [{patterns!r}]")
         found = []
         for pattern in patterns:
             hit = [g.number for g in self.groups if any(_matches(m.tensor, pattern) for m in g.members)]
@@ -182,6 +184,8 @@ def analyse(
     """Capture a copy of a model and infer its channels; the model itself is left as it is."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"wanted an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(f"{type(model).__name__} is compiled by torch.jit; give the nn.Module that it was made of")
     if is_detector(model):
         raise CaptureError(
             f"{type(model).__name__} decides by what it sees how many boxes it keeps, which cannot be captured. Give "
@@ -194,13 +198,20 @@ def analyse(
             modes = {name: module.training for name, module in model.named_modules()}
             ours = _copy(model)
             if device is not None:
-                ours, example = ours.to(device), example.map(lambda t: t.to(device))
+                ours, example = _on(device, ours, example)
             captured = capture(ours, example)
         with stages.stage("infer"):
             types = infer(captured)
             grouping = group(types)
             cost = Model(types, grouping)
     return Analysis(ours, modes, captured, types, grouping, cost)
+
+
+def _on(device: str | torch.device, model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    try:
+        return model.to(device), example.map(lambda tensor: tensor.to(device))
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise UsageError(f"device {device!s} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _give_back() -> None:

@@ -107,14 +107,14 @@ def choose(
 def _rank(
     analysis: Analysis, method: scores.Method, subject: Subject, limits: Mapping[str, float], how: How
 ) -> _Ranking:
-    found = method.score(subject)
+    found = method.score(subject) if subject.grouping.groups else []
     footing = method.normalisation if how.normalise == "auto" else how.normalise
     ranked = valued = scores.normalise(found, footing)
     if footing == "cost":
         widths = np.array([group.width for group in subject.grouping.groups], np.int64)
         ranked = planner.per_cost(ranked, analysis, limits, widths)
     elif footing == "isomorphic":
-        ranked = planner.isomorphic(ranked, analysis)
+        ranked = valued = planner.isomorphic(ranked, analysis, how.ignored)  # values of two classes say nothing
     unscored = tuple(scores.unscored(found))
     return _Ranking(subject.grouping, ranked, valued, unscored, (*how.ignored, *unscored))
 
@@ -148,6 +148,9 @@ def _exactly(
 
     ignored = frozenset(ranking.kept_whole)
     search = planner.Search(ranking.grouping, analysis.cost, ranking.valued, limits, greedy.round_to, ignored, None)
+    # What goes last in the ranking goes only where the ranking had to take it.
+    least = np.minimum(planner.last_to_go(analysis.grouping), greedy.widths)
+    search.smallest = np.maximum(search.smallest, least)
     widths = exact.improve(search, greedy.widths)
     before, after = (exact.share_kept(search, own) for own in (greedy.widths, widths))
     return search.result(widths), Selection("exact", before, after)

@@ -226,6 +226,8 @@ def latency(
             if provider == "all"
             else (measure(before, after, provider=provider, **options),)
         )
+        if provider != "all" and results[0].skipped is not None:
+            raise UsageError(f"--provider {provider}: {results[0].skipped}")
         if as_json:
             print(json.dumps([asdict(result) for result in results], indent=2, default=str))
         else:

@@ -35,6 +35,7 @@ __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
 
 _FEW = 128
 """Fewer samples than this leave layers with more inputs than they show: others are made up beside them."""
+_LARGEST_SEED = 2**62  # torch takes 64 bits with a sign, and seeds are added to
 _INPUTS = 3
 _INPUTS_OF_LARGE = 2
 _LARGE_MACS = 5e9
@@ -97,13 +98,21 @@ def compress(
     targets = targets_of(flops=flops, params=params, size=size, memory=memory)
     alignment, wanted = alignment_of(round_to), recover_steps(recover)
     check_select(select)
+    check_seed(seed)
+    if norm not in ("l1", "l2"):
+        raise UsageError(f"--norm {norm}: known are l1 and l2")
+    if norm != "l2" and scorer not in ("auto", "magnitude"):
+        raise UsageError(f"--norm {norm} is for --scorer magnitude; {scorer} takes none")
     if scorer == "auto" and norm != "l2":
         scorer = "magnitude"  # the only one that takes a norm
     if scorer != "auto":
         scores.check(scores.find(scorer), normalise, data is not None)
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
-    limits = limits_of(targets, analysis, stages)
+    limits, ignored = limits_of(targets, analysis, stages), tuple(analysis.matching(ignore))
+    planner.check_reachable(
+        analysis.grouping, analysis.cost, limits, round_to=alignment, may_relax=round_to == "auto", ignored=ignored
+    )
     needed = bool(wanted) or (scorer != "auto" and scores.find(scorer).needs != "weights")
     calibration = gather(analysis, data, samples, seed, stages) if needed else None
     steps = _possible(wanted, calibration)
@@ -115,7 +124,7 @@ def compress(
     fit = recovery.set_aside(calibration)[0] if calibration and steps else calibration
     fit = fit.with_more(extra) if fit and extra else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
-    options = How(normalise, select, alignment, round_to == "auto", tuple(analysis.matching(ignore)))
+    options = How(normalise, select, alignment, round_to == "auto", ignored)
     # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples. Few
     # samples fit layers too loosely for that: with 32 the result was further off than by a choice at once.
     enough = data is not None and calibration is not None and not _is_few(calibration)
@@ -156,6 +165,8 @@ def apply(
     go together.
     """
     stages, wanted = Stages(progress), recover_steps(recover)
+    if not isinstance(plan, Plan):
+        raise UsageError(f"plan is a {type(plan).__name__}; give a Plan, such as slimc.Plan.load(path)")
     analysis = analyse(model, example_inputs, stages, device)
     with stages.stage("plan"):
         cut = Cut(analysis.types, plan.alive(analysis.types))
@@ -187,6 +198,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     """
     from .exporters.formats import safetensors
 
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"wanted an nn.Module to take the sizes and weights, got {type(model).__name__}")
     folder = Path(folder)
     if not (folder / "plan.json").is_file():
         raise OutputError(f"{folder} holds no plan.json; give a folder that slimc has written")
@@ -199,9 +212,11 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     weights = safetensors.load(folder / "model.safetensors")
     sliced = plan.apply(model.state_dict())
     for tensor_name, tensor in sliced.items():
-        if tensor_name not in weights or weights[tensor_name].shape != tensor.shape:
+        found = weights.get(tensor_name)
+        if found is None or found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
+            kind = "numbers" if tensor.is_floating_point() else "whole numbers"
             raise PlanError(
-                f"{folder / 'model.safetensors'} does not hold {tensor_name} with shape {tuple(tensor.shape)}"
+                f"{folder / 'model.safetensors'} does not hold {kind} for {tensor_name} of shape {tuple(tensor.shape)}"
             )
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -286,11 +301,15 @@ AUTO = ("reconstruct", "bn", "distill")
 
 def recover_steps(wanted: str | Sequence[str]) -> tuple[str, ...]:
     """The recovery steps that are asked for; ("auto",) stands for itself."""
+    if not isinstance(wanted, (str, Sequence)):
+        raise UsageError(f"recover is {wanted!r}; wanted auto, none or a list of steps")
     names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
     if names in (["none"], []):
         return ()
     if names == ["auto"]:
         return ("auto",)
+    if alone := [name for name in names if name in ("auto", "none")]:
+        raise UsageError(f"--recover {','.join(names)}: {alone[0]} stands alone; give it, or a list of steps")
     for name in names:
         recovery.find(name)
     return tuple(names)
@@ -310,7 +329,7 @@ def gather(
 ) -> Samples | None:
     """The samples to score and recover on: from the user's data, else made up; None where that cannot be."""
     captured = analysis.captured
-    if limit is not None and limit < 2:
+    if limit is not None and not (isinstance(limit, int) and limit >= 2):
         raise UsageError(f"--samples {limit}: at least 2 are needed, one to fit on and one to judge by")
     if data is not None:
         fixed = captured.batch if captured.dynamic_shapes is None else None
@@ -376,6 +395,12 @@ def alignment_of(round_to: int | str) -> int:
     if number < 1:
         raise UsageError(f"--round-to {round_to}: wanted a whole number from 1 up, or auto")
     return number
+
+
+def check_seed(seed: int) -> None:
+    """UsageError where a seed is none that random generators take."""
+    if not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
+        raise UsageError(f"--seed {seed}: wanted a whole number from 0 to {_LARGEST_SEED}")
 
 
 def _with_modes(module: nn.Module, modes: Mapping[str, bool]) -> nn.Module:

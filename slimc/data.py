@@ -56,7 +56,21 @@ def _function(module: str, name: str) -> Iterable[Any]:
     batches = function_of(module, name)
     if not isinstance(batches, Iterable):
         raise UsageError(f"--data {module}:{name} returned {type(batches).__name__}; wanted an iterable of batches")
-    return batches
+    return _read(batches, f"--data {module}:{name}")
+
+
+def _read(batches: Iterable[Any], where: str) -> Iterator[Any]:
+    """The same batches; what goes wrong in the user's code while they are read is not taken for a fault of ours."""
+    try:
+        yield from batches
+    except Exception as error:
+        raise UsageError(f"{where} failed with {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says; those of a DataLoader's workers hold a traceback, whose last line says it."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if "Original Traceback" in str(error) else lines[0]
 
 
 def function_of(module: str, name: str) -> Any:
@@ -70,4 +84,4 @@ def function_of(module: str, name: str) -> Any:
     try:
         return found()
     except Exception as error:
-        raise UsageError(f"--data {module}:{name} failed with {type(error).__name__}: {error}") from error
+        raise UsageError(f"--data {module}:{name} failed with {type(error).__name__}: {_first_line(error)}") from error

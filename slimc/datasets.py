@@ -7,6 +7,7 @@ import hashlib
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,13 @@ def picture(path: Path, shape: tuple[int, ...]) -> Tensor:
     channels, height, width = shape
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (width, height))
+            if image.mode in ("I", "F"):
+                raise UsageError(f"{path} holds 32-bit values, whose range is not known; convert it to 8 or 16 bits")
+            if image.mode.startswith("I;16"):  # Pillow would take all above 255 for white
+                whole: Image.Image = Image.fromarray((np.asarray(image, np.uint16) // 257).astype(np.uint8))
+            else:
+                whole = image
+            fitted = ImageOps.fit(whole.convert("RGB" if channels == 3 else "L"), (width, height))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} cannot be read as a picture: {error}") from error
     values = torch.from_numpy(np.asarray(fitted, np.float32).reshape(height, width, channels).transpose(2, 0, 1) / 255)
@@ -92,7 +99,10 @@ def picture(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def load_arrays(path: Path) -> dict[str, Tensor]:
-    """All arrays of an .npz file (or the one of an .npy file), floats as float32; no pickled objects."""
+    """All arrays of an .npz file (or the one of an .npy file), floats as float32; no pickled objects.
+
+    Other types stay, in the byte order of this machine.
+    """
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"input": loaded}
@@ -101,6 +111,10 @@ def load_arrays(path: Path) -> dict[str, Tensor]:
     if not arrays:
         raise UsageError(f"{path} holds no array")
     try:
-        return {n: torch.from_numpy(a.astype(np.float32) if a.dtype == np.float64 else a) for n, a in arrays.items()}
+        return {n: torch.from_numpy(a.astype(_ours(a.dtype), copy=False)) for n, a in arrays.items()}
     except TypeError as error:
         raise UsageError(f"{path} holds arrays that are no numbers: {error}") from error
+
+
+def _ours(kind: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(np.float32) if kind.kind == "f" else kind.newbyteorder("=")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from .errors import PlanError
 from .graph.capture import Example, tensors_only
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut, Resizing
@@ -59,11 +60,23 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def set_attributes(module: nn.Module, attributes: Attributes) -> None:
-    """Write changed sizes into a module."""
+    """Write changed sizes into a module; PlanError where one is no size, or takes the place of none."""
+    modules = dict(module.named_modules())
     for path, values in attributes.items():
-        owner = module.get_submodule(path)
+        own = vars(modules[path]) if path in modules else {}
         for name, value in values.items():
-            setattr(owner, name, tuple(value) if isinstance(value, list) else value)
+            new = tuple(value) if isinstance(value, list) else value
+            if not (_is_size(new) and _is_size(own.get(name)) and isinstance(new, type(own[name]))):
+                raise PlanError(
+                    f"attributes of the plan: {path or type(module).__name__} has no size {name!r} that {value!r} "
+                    "could take the place of"
+                )
+            setattr(modules[path], name, new)
+
+
+def _is_size(value: Any) -> bool:
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
 
 
 def _names(types: Types) -> list[str]:

@@ -15,10 +15,11 @@ from .errors import UsageError
 from .graph.capture import Example
 
 _SHAPE = re.compile(r"(?P<sizes>\d+([x,]\d+)*)(:(?P<kind>\w+))?")
-_KINDS = {
+KINDS = {
     "float32": torch.float32, "float": torch.float32, "float64": torch.float64, "int64": torch.int64,
     "int": torch.int64, "long": torch.int64, "int32": torch.int32, "bool": torch.bool,
 }  # fmt: skip
+"""What `--input` may ask for."""
 _BATCH = 2
 _MOST = 2**31
 
@@ -56,9 +57,9 @@ def _tensor(text: str, generator: torch.Generator, batch: int) -> Tensor:
     match = _SHAPE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"--input {text}: wanted a shape with its batch (1x3x224x224, 1x128:int64) or an .npz file")
-    kind = _KINDS.get(match["kind"] or "float32")
+    kind = KINDS.get(match["kind"] or "float32")
     if kind is None:
-        raise UsageError(f"--input {text}: unknown type {match['kind']!r}; known: {', '.join(_KINDS)}")
+        raise UsageError(f"--input {text}: unknown type {match['kind']!r}; known: {', '.join(KINDS)}")
     sizes = [int(size) for size in re.split("[x,]", match["sizes"])]
     if 0 in sizes:
         raise UsageError(f"--input {text}: every size must be at least 1")

@@ -28,7 +28,7 @@ Rate = Annotated[float | None, typer.Option(help="peak learning rate (default: 0
 Distil = Annotated[float, typer.Option(help="share of the training loss that draws to the original's outputs, 0 to 1")]
 Setting = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the schedule")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted training run (OUT-run)")]
-Seed = Annotated[int, typer.Option(help="seed of everything random")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62, help="seed of everything random")]
 Flops = Annotated[str | None, typer.Option(help="what may stay: 0.4, 40%, 1.6G (MACs of one sample), or the cut: -60%")]
 Params = Annotated[str | None, typer.Option(help="parameters that may stay: 0.4, 40%, 12M")]
 Size = Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,8 +65,8 @@ class Plan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise PlanError(f"{path} is no JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{path} is no JSON that can be read: {error}") from error
         return Plan.from_dict(data, str(path))
 
     @staticmethod
@@ -235,7 +236,7 @@ def _axes(name: str, axes: Any, source: str) -> dict[int, list[int]]:
     result = {}
     for axis, indices in axes.items():
         whole = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
-        if not str(axis).isdigit() or not whole:
+        if not re.fullmatch("[0-9]{1,3}", str(axis)) or not whole:
             raise PlanError(f"{source}: {name}, axis {axis!r}: wanted an axis number and a list of whole numbers")
         result[int(axis)] = indices
     return result

@@ -68,34 +68,66 @@ def plan(
         not given).
     Raises UnreachableTarget with the smallest reachable value.
     """
+    return _search(grouping, cost, scores, limits, round_to, may_relax, frozenset(ignored), protected).choose()
+
+
+def check_reachable(
+    grouping: Grouping,
+    cost: CostOf,
+    limits: Mapping[str, float],
+    *,
+    round_to: int,
+    may_relax: bool,
+    ignored: Sequence[int] = (),
+) -> None:
+    """Raise what `plan` would, before anything slow is done to find scores."""
+    nothing = [np.zeros(group.width) for group in grouping.groups]
+    _search(grouping, cost, nothing, limits, round_to, may_relax, frozenset(ignored), None)
+
+
+def _search(
+    grouping: Grouping,
+    cost: CostOf,
+    scores: Sequence[Scores],
+    limits: Mapping[str, float],
+    round_to: int,
+    may_relax: bool,
+    ignored: frozenset[int],
+    protected: Sequence[int] | None,
+) -> Search:
+    """The search with the largest alignment for which the limits can be met."""
     attempt = round_to
     while True:
-        search = Search(grouping, cost, scores, limits, attempt, frozenset(ignored), protected)
+        search = Search(grouping, cost, scores, limits, attempt, ignored, protected)
         smallest = cost(search.smallest)
         if search.fits(smallest):
-            return search.choose()
+            return search
         if attempt == 1 or not may_relax:
-            raise UnreachableTarget(_unreachable(limits, smallest, cost(search.full), attempt))
+            missed = _missed(limits, smallest, cost(search.full))
+            raise UnreachableTarget(f"{missed}. {_way_out(grouping, ignored, attempt)}")
         attempt = max(1, attempt // 2)
 
 
-def _unreachable(limits: Mapping[str, float], smallest: Costs, full: Costs, round_to: int) -> str:
+def _missed(limits: Mapping[str, float], smallest: Costs, full: Costs) -> str:
     missed = []
     for metric, limit in limits.items():
         least, before = getattr(smallest, METRIC[metric]), getattr(full, METRIC[metric])
         if least > limit:
             missed.append(
                 f"--{metric} asks for at most {amount(metric, limit)} of {amount(metric, before)}; the smallest that "
-                f"can be reached is {_up(least / before)} of the original ({amount(metric, least)})"
+                f"can be reached is {_up(least / before)} of the original ({amount(metric, _least(least))})"
             )
-    return f"{'; '.join(missed)}. {_way_out(smallest == full, round_to)}"
+    return "; ".join(missed)
 
 
-def _way_out(nothing_can_go: bool, round_to: int) -> str:
+def _way_out(grouping: Grouping, ignored: frozenset[int], round_to: int) -> str:
+    free = {group.number for group in grouping.groups if group.floor < group.width}
+    if not free:
+        return "No channel of this model can be removed; slimc inspect shows what holds them."
+    if free <= ignored:
+        return "All that can be removed is left whole by --ignore, or since the scorer says nothing of it."
     if round_to > 1:
         return "With --round-to 1 it is smaller; else raise the target, or ignore fewer layers."
-    if nothing_can_go:
-        return "No channel of this model can be removed; slimc inspect shows what holds them."
     return "Raise the target, or ignore fewer layers."
 
 
@@ -139,8 +171,10 @@ def per_cost(
     return ranked
 
 
-def isomorphic(scores: Sequence[Scores], analysis: Analysis) -> list[Scores]:
+def isomorphic(scores: Sequence[Scores], analysis: Analysis, ignored: Sequence[int] = ()) -> list[Scores]:
     """Ranks within classes of groups that are alike: every class then loses the same share of its channels.
+
+    ignored: groups that stay whole, whose channels take no part.
 
     Two groups are alike where the same operators use the same axes of their members, in the same order; sizes do not
     matter. A group without a score keeps it (NaN). Source: Fang et al., "Isomorphic Pruning for Vision Models" (ECCV
@@ -153,7 +187,7 @@ def isomorphic(scores: Sequence[Scores], analysis: Analysis) -> list[Scores]:
     classes: dict[tuple[tuple[str, int, int], ...], list[int]] = {}
     tensors = analysis.types.tensors
     for group in analysis.groups:
-        if not np.isnan(scores[group.number]).any():
+        if group.number not in ignored and not np.isnan(scores[group.number]).any():
             kind = tuple((users.get(m.tensor, ""), len(tensors[m.tensor]), m.axis) for m in group.members)
             classes.setdefault(kind, []).append(group.number)
     ranked = [own.copy() for own in scores]
@@ -166,6 +200,12 @@ def isomorphic(scores: Sequence[Scores], analysis: Analysis) -> list[Scores]:
         ):
             ranked[number] = own
     return ranked
+
+
+def _least(value: float) -> float:
+    """An amount that is shown in three digits, never below itself."""
+    scale = 10 ** (2 - math.floor(math.log10(value))) if value > 0 else 1
+    return math.ceil(value * scale * (1 - 1e-12)) / scale
 
 
 class Search:

@@ -94,11 +94,9 @@ class Reader:
         stride, dilation = (_each(call[name], dims) for name in ("stride", "dilation"))
         if self.kind in _TRANSPOSED:
             padding = _each(call["padding"], dims)
-            value = _stuffed(value, stride, [d * (k - 1) - p for d, k, p in zip(dilation, size, padding, strict=True)])
-            extra = [
-                max(0, o + d * (k - 1) - v) for o, d, k, v in zip(spatial, dilation, size, value.shape[2:], strict=True)
-            ]
-            value = functional.pad(value, [n for e in reversed(extra) for n in (0, e)])
+            reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+            before = [own - p for own, p in zip(reach, padding, strict=True)]
+            value = _stuffed(value, stride, before, [o + own for o, own in zip(spatial, reach, strict=True)])
             stride = [1] * dims
         else:
             value = functional.pad(value, _padding(call["padding"], size, dilation))
@@ -183,13 +181,14 @@ def _padding(value: Any, size: Sequence[int], dilation: Sequence[int]) -> list[i
     return [number for pair in reversed(pairs) for number in pair]
 
 
-def _stuffed(value: Tensor, stride: Sequence[int], edge: Sequence[int]) -> Tensor:
+def _stuffed(value: Tensor, stride: Sequence[int], before: Sequence[int], whole: Sequence[int]) -> Tensor:
     """Zeros between the elements, and at the edges: a transposed convolution is a convolution of that.
 
-    A negative edge cuts.
+    before: zeros at the beginning of each axis; less than none cuts. whole: the sizes that come out.
     """
     sizes = [(n - 1) * s + 1 for n, s in zip(value.shape[2:], stride, strict=True)]
     wide = value.new_zeros((*value.shape[:2], *sizes))
     where: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
     wide[where] = value
-    return functional.pad(wide, [number for e in reversed(edge) for number in (e, e)])
+    edges = [(b, w - b - s) for b, w, s in zip(before, whole, sizes, strict=True)]
+    return functional.pad(wide, [number for edge in reversed(edges) for number in edge])

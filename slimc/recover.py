@@ -95,9 +95,10 @@ class Verdict:
     """How far a slim graph's outputs are from the original's.
 
     distance: the squared difference over the originals' own spread around their mean, averaged over the outputs: 0 is
-        equal, 1 no better than a constant. divergence: where the first output is [N, classes], the mean
-        Kullback-Leibler divergence of its softmax from the original's, in nats; else None. agreement: the share of
-        samples with the same largest class; else None. Infinity where something is not finite.
+        equal, 1 no better than a constant; of one sample, which has no spread, over its own square. divergence: where
+        the first output is [N, classes], the mean Kullback-Leibler divergence of its softmax from the original's, in
+        nats; else None. agreement: the share of samples with the same largest class; else None. Infinity where
+        something is not finite.
     """
 
     distance: float
@@ -124,7 +125,7 @@ class Judge:
         floats = [i for i, value in enumerate(self._wanted[0]) if value.is_floating_point()]
         columns = [torch.cat([_flat(batch[i]) for batch in self._wanted]) for i in floats]
         self._floats = floats
-        self._spread = [float((c - c.mean(0)).square().sum()) for c in columns]
+        self._spread = [float((c - c.mean(0)).square().sum()) or float(c.square().sum()) for c in columns]
         first = self._wanted[0][floats[0]] if floats else None
         self._classes = first is not None and first.dim() == 2 and first.shape[1] > 1
 

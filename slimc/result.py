@@ -19,7 +19,7 @@ from . import recover
 from .analysis import Analysis, Stages
 from .errors import OutputError
 from .exporters import latency as latency_of
-from .exporters.artifact import whole_folder
+from .exporters.artifact import whole_file, whole_folder
 from .exporters.formats import onnx, pt2, safetensors
 from .exporters.latency import LatencyResult
 from .exporters.parity import Parity, check_onnx, other_inputs
@@ -143,17 +143,22 @@ class Compressed:
         self.report = replace(self.report, recovery=done, seconds=dict(self.stages.seconds))
 
     def export_onnx(self, path: str | Path) -> OnnxFile:
-        """Write an ONNX file and compare it with the module in ONNX Runtime; ParityError where they differ."""
-        return self._export_onnx(self.program, Path(path))
+        """Write an ONNX file and compare it with the module in ONNX Runtime.
+
+        Raises OutputError where it cannot be written, ParityError where it differs; nothing is written then.
+        """
+        with whole_file(Path(path)) as work:
+            return self._export_onnx(self.program, work)
 
     def _export_onnx(self, program: torch.export.ExportedProgram, path: Path) -> OnnxFile:
+        kinds = {t.dtype for t in self.graph.state_dict().values() if t.is_floating_point()}
+        if half := kinds & {torch.float16, torch.bfloat16}:
+            raise OutputError(
+                f"the model computes in {str(half.pop())[6:]}, in which no two programs agree well enough for a file "
+                "to be checked: compress it in float32 (model.float()), and convert the ONNX file afterwards"
+            )
         model = onnx.export(program, path)
-        try:
-            parity = self._parity(path, model.batched)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            Path(f"{path}.data").unlink(missing_ok=True)
-            raise
+        parity = self._parity(path, model.batched)
         file = OnnxFile(path.name, model.opset, model.dynamic_batch, parity.max_relative_error, parity.rounding)
         self.report = replace(self.report, onnx=file)
         self.warn(f"a batch normalisation is left in the ONNX file: {reason}" for reason in model.unfolded)

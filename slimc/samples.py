@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import UsageError
 from .graph.capture import Example
+from .inputs import KINDS
 
 LIMIT = 512
 _AFFORDABLE = 1.7e12
@@ -48,6 +49,20 @@ class Batch:
         """Some of its samples."""
 
         return self.map(lambda t: t[rows] if t.dim() and len(t) == self.count else t)
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """One batch of the inputs of several; targets are left out."""
+        first, *others = batches
+        if not others:
+            return first
+        rest = [iter(other.example.tensors()) for other in others]
+
+        def longer(tensor: Tensor) -> Tensor:
+            parts = [tensor, *(next(own) for own in rest)]
+            return torch.cat(parts) if tensor.dim() and len(tensor) == first.count else tensor
+
+        return Batch(first.example.map(longer))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor of inputs and targets changed."""
@@ -101,6 +116,21 @@ class Samples:
         source = f"{self.count} samples of {self.source} and {others.count} {others.source}"
         return replace(self, batches=(*self.batches, *others.batches), source=source)
 
+    def joined(self, least: int) -> Samples:
+        """The same samples in batches of at least `least`, as far as there are so many and batches may be joined."""
+        if self.whole:
+            return self
+        waiting: list[Batch] = []
+        found: list[Batch] = []
+        for batch in self.batches:
+            waiting.append(batch)
+            if sum(one.count for one in waiting) >= least:
+                found.append(Batch.joined(waiting))
+                waiting = []
+        if waiting:
+            found = [*found[:-1], Batch.joined([*found[-1:], *waiting])]
+        return replace(self, batches=tuple(found))
+
     def split(self, share: float) -> tuple[Samples, Samples]:
         """Two parts, the second with `share` of the samples: to fit on, and to judge by.
 
@@ -117,9 +147,19 @@ class Samples:
             for number, batch in enumerate(self.batches):
                 (judge if number % every == every - 1 or number == len(self.batches) - 1 else fit).append(batch)
             return replace(self, batches=tuple(fit)), replace(self, batches=tuple(judge))
-        for batch in self.batches:
-            held = min(batch.count - 1, max(1, round(batch.count * share)))
-            fit.append(batch[: batch.count - held])
+        owed = 0.0  # of batches too small to give one each
+        for number, batch in enumerate(self.batches):
+            if batch.count * share >= 1:
+                held = round(batch.count * share)
+            else:
+                owed += batch.count * share
+                held = int(owed + 1e-9)
+                owed -= held
+            if number == len(self.batches) - 1 and not judge:
+                held = max(1, held)
+            held = min(held, batch.count - (not fit))
+            if held < batch.count:
+                fit.append(batch[: batch.count - held])
             if held:
                 judge.append(batch[batch.count - held :])
         return replace(self, batches=tuple(fit)), replace(self, batches=tuple(judge))
@@ -145,9 +185,13 @@ def collect(
     found: list[Batch] = []
     left = limit
     device = next((tensor.device for tensor in like.tensors()), None)
+    if not isinstance(data, Iterable):
+        raise UsageError(f"data is a {type(data).__name__}; wanted an iterable of batches")
     for number, item in enumerate(data, 1):
         whole = batch_of(item, like)
         check_alike(whole.example.tensors(), like.tensors())
+        if not whole.count:  # what a loader that filters gives when nothing is left
+            continue
         check_finite(whole, f"batch {number} of --data")
         for part in _parts(whole, batch, left):
             found.append(to_device(part, device))
@@ -178,10 +222,10 @@ def batch_of(item: Any, like: Example) -> Batch:
     Raises UsageError where the inputs are not there.
     """
     targets: Any | None = None
-    if isinstance(item, (tuple, list)) and item and isinstance(item[0], Mapping):
+    if isinstance(item, (tuple, list)) and item and isinstance(item[0], Mapping) and like.kwargs:
         targets = item[1] if len(item) > 1 else None
         item = item[0]
-    if isinstance(item, Tensor):
+    if isinstance(item, Tensor) or (isinstance(item, Mapping) and like.args and isinstance(like.args[0], Mapping)):
         item = (item,)
     # What is no tensor in the example (a flag, None) need not be in a batch.
     if isinstance(item, Mapping) and like.kwargs:
@@ -217,7 +261,8 @@ def check_alike(given: list[Tensor], like: list[Tensor]) -> None:
     seen, wanted = ([f"{str(t.dtype)[6:]} [N, {str(list(t.shape[1:]))[1:]}" for t in ts] for ts in (given, like))
     if seen != wanted:
         fitting = " ".join(f"--input {_text(tensor)}" for tensor in given)
-        other = f", or an example like the data, if the model takes it: {fitting}" if given else "."
+        known = given and all(t.dim() > 1 and str(t.dtype)[6:] in KINDS for t in given)
+        other = f", or an example like the data, if the model takes it: {fitting}" if known else "."
         raise UsageError(
             f"a batch of --data holds {'; '.join(seen) or 'no tensors'}; the example input is {'; '.join(wanted)}. "
             f"Give data like the example{other}"

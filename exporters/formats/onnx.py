@@ -92,7 +92,7 @@ def export(program: ExportedProgram, path: Path, *, external_data_bytes: int = E
 
 
 def open_session(path: Path) -> Any:
-    """Return an onnxruntime InferenceSession on the CPU; UsageError without onnxruntime."""
+    """Return an onnxruntime InferenceSession on the CPU; UsageError without onnxruntime, OutputError if it refuses."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -103,7 +103,14 @@ def open_session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False  # it grows in powers of two and keeps what every batch size took
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of many kinds; it knows few operators in float64, for one
+        said = str(error).strip().splitlines()[0]
+        raise OutputError(
+            f"{path.name}: ONNX Runtime cannot run it ({said}). A model in another precision should be given in "
+            "float32 (model.float())"
+        ) from error
 
 
 def run_session(session: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -131,7 +138,7 @@ def _translate(program: ExportedProgram, path: Path) -> torch.onnx.ONNXProgram:
                 translated.optimize()
     except torch.onnx.OnnxExporterError as error:
         causes = [str(cause).strip().splitlines()[0] for cause in _causes(error) if str(cause).strip()]
-        raise OutputError(f"{path}: torch cannot express the model in ONNX: {causes[-1]}") from error
+        raise OutputError(f"{path.name}: torch cannot express the model in ONNX: {causes[-1]}") from error
     _register_loose(translated.model.graph)
     return translated
 
@@ -299,4 +306,4 @@ def _check(written: Path, path: Path) -> None:
     try:
         onnx.checker.check_model(str(written))
     except onnx.checker.ValidationError as error:
-        raise OutputError(f"{path}: the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise OutputError(f"{path.name}: the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error

@@ -195,10 +195,17 @@ def _dense(loaded: Loaded) -> Loaded:
 
 
 def _to_single_precision(model: nn.Module) -> tuple[str, ...]:
-    """Convert half-precision weights, which CPUs compute slowly and inexactly, and say how many there were."""
-    if isinstance(model, torch.fx.GraphModule):  # its operators were recorded for half precision
+    """Convert weights to float32 and say how many: of half precision, which CPUs compute slowly and inexactly, and
+    those of a model that is in double precision throughout, in which ONNX Runtime knows few operators."""
+    if isinstance(model, torch.fx.GraphModule):  # its operators were recorded for another precision
         return ()
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in _HALF]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
-    return (f"converted {len(tensors)} half-precision tensors to float32",) if tensors else ()
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    weights = {t.dtype for t in model.parameters() if t.is_floating_point()}
+    found = []
+    for kinds, name in ((_HALF, "half"), ((torch.float64,) if weights == {torch.float64} else (), "double")):
+        own = [t for t in tensors if t.dtype in kinds]
+        for tensor in own:
+            tensor.data = tensor.data.float()
+        if own:
+            found.append(f"converted {len(own)} {name}-precision tensors to float32")
+    return tuple(found)

@@ -22,6 +22,8 @@ from slimc.graph.rule import arguments, operator_name
 from slimc.recover import Task, step
 
 _AT_ONCE = 8
+_LEAST = 32
+"""Samples that normalise each other: the statistics of fewer are noise, so that results would hang on batches."""
 
 
 @dataclass
@@ -64,6 +66,8 @@ class _Measuring(Interpreter):
         zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         place = (str(call["running_mean"].target), str(call["running_var"].target))
         self.sums.setdefault(place, _Sums(0, zeros.clone(), zeros.clone())).add(x)
+        if x.numel() == x.shape[1]:  # one value has no variance: a model that takes one sample at a time, say
+            return super().run_node(n)
         return functional.batch_norm(x, None, None, weight, bias, training=True, eps=call["eps"])
 
 
@@ -89,7 +93,7 @@ def reestimate(task: Task) -> str:
         return "the model has no batch norm with running statistics: nothing to re-estimate"
     measuring = _Measuring(module)
     with torch.no_grad():
-        for example in task.samples.examples():
+        for example in task.samples.joined(_LEAST).examples():
             leaves = pytree.tree_leaves((example.args, example.kwargs))
             measuring.run(
                 *[leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], enable_io_processing=False

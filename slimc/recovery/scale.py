@@ -1,4 +1,4 @@
-"""Scalars: one factor for each channel that a layer reads, by least squares.
+"""Scalars: one factor for each channel that a convolution reads, for each input of a linear layer, by least squares.
 
 The cheap form of reconstruction: as many numbers as channels are fitted, so that very few samples are enough.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimc.errors import LoadError
 from slimc.report.codec import decode, encode
 
 STAGES = ("capture", "infer", "score", "plan", "rewrite", "verify", "recover", "finetune", "export", "latency")
@@ -311,6 +312,10 @@ class Report:
         path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
-    def read_json(cls, path: Path) -> Report:
-        """Read report.json back."""
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    def read_json(cls, path: str | Path) -> Report:
+        """Read report.json back; LoadError where it is none."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise LoadError(f"{path} cannot be read as a report: {error}") from error
+        return cls.from_dict(data)

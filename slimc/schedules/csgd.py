@@ -23,6 +23,7 @@ from slimc.training import gates, lifts
 from slimc.training.loop import Hooks
 from slimc.training.network import Alive, Network
 from slimc.training.phase import Phase
+from slimc.training.recipe import with_sgd
 from slimc.training.run import Run
 from slimc.training.schedule import demand, schedule
 
@@ -39,6 +40,7 @@ def csgd(run: Run, *, epsilon: float = 0.05, finetune: float = 0.3) -> Iterator[
     """
     demand(0, epsilon=epsilon)
     demand(0, 1, finetune=finetune)
+    recipe = with_sgd(run.options.recipe, "csgd")
     labels = run.event("clusters", lambda: torch.from_numpy(clusters(run)))
     mixings: dict[tuple[str, int], Tensor] = {}
 
@@ -51,7 +53,8 @@ def csgd(run: Run, *, epsilon: float = 0.05, finetune: float = 0.3) -> Iterator[
                 strength = epsilon if parameter.dim() > 1 else epsilon * _FOR_VECTORS
                 parameter.grad.copy_(centripetal(parameter.detach(), parameter.grad, mixing, axis, strength))
 
-    yield run.phase("centripetal", (1 - finetune) * run.options.epochs, hooks=Hooks(before_step=draw))
+    epochs = (1 - finetune) * run.options.epochs
+    yield run.phase("centripetal", epochs, hooks=Hooks(before_step=draw), optimiser=recipe.optimiser)
     run.event("merge clusters", lambda: merge(run.network, labels.numpy()))
     run.cut(lambda: representatives(run.network, labels.numpy()))
     yield run.phase("finetune", run.left)

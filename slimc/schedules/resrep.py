@@ -21,7 +21,7 @@ from slimc.training import lifts
 from slimc.training.gates import gates_of
 from slimc.training.loop import Hooks
 from slimc.training.phase import Phase
-from slimc.training.recipe import default_rate, factor
+from slimc.training.recipe import Recipe, default_rate, factor, with_sgd
 from slimc.training.run import Run
 from slimc.training.schedule import demand, schedule
 
@@ -43,6 +43,7 @@ def resrep(run: Run, *, penalty: float = 1e-4, masks: int = 20, finetune: float 
     demand(0, penalty=penalty)
     demand(1, masks=masks)
     demand(0, 1, finetune=finetune)
+    recipe = with_sgd(run.options.recipe, "resrep")
     network = run.network
     lifts.check_reachable(network, network.places, run.selection)
     run.gate(identity=True)
@@ -50,7 +51,7 @@ def resrep(run: Run, *, penalty: float = 1e-4, masks: int = 20, finetune: float 
     steps = max(1, round(epochs * (1 if run.stream is None else len(run.stream))))
     alive = torch.ones(len(network.alive), dtype=torch.bool)
     done = torch.zeros((), dtype=torch.int64)
-    strength = max(penalty, closing(run, steps))
+    strength = max(penalty, closing(run, recipe, steps))
 
     def mask() -> None:
         before, now = (_asked(int(done) + ahead, steps, masks) for ahead in (-1, 0))
@@ -77,7 +78,7 @@ def resrep(run: Run, *, penalty: float = 1e-4, masks: int = 20, finetune: float 
 
     yield run.phase(
         "compact", epochs, hooks=Hooks(before_step=reset, after_epoch=passed), tally={"alive": alive, "steps": done},
-        gate_momentum=_MOMENTUM,
+        gate_momentum=_MOMENTUM, optimiser=recipe.optimiser,
     )  # fmt: skip
     run.cut(lambda: run.selection.choose(strengths(run)))
     run.merge()
@@ -99,9 +100,8 @@ def strengths(run: Run) -> Scores:
     return found
 
 
-def closing(run: Run, steps: int) -> float:
+def closing(run: Run, recipe: Recipe, steps: int) -> float:
     """The penalty that moves a gate by 1 in the steps after the last mask, under SGD with Nesterov's momentum."""
-    recipe = run.options.recipe
     rate, shape = recipe.rate or default_rate(recipe, run.analysis.model), factor(recipe, steps)
     velocity = moved = 0.0
     for step in range(int(_ENOUGH * steps), steps):

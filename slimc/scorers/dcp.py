@@ -19,6 +19,7 @@ from torch import Tensor
 from slimc.gradients import parameter_gradients
 from slimc.graph.groups import Group
 from slimc.graph.terms import Terms
+from slimc.passes import batches_of
 from slimc.readings import Reading, Sampling, running_worst
 from slimc.scores import Scores, Subject, scorer
 
@@ -42,12 +43,13 @@ def dcp(subject: Subject) -> list[Scores]:
     """
     sampling = Sampling(subject, "dcp")
     gradients: dict[str, Tensor] = {}
-    batches = 0
-    for found in parameter_gradients(subject, names=sampling.parameters, places=sampling.places):
+    samples = batches_of(subject)
+    steps = parameter_gradients(subject, names=sampling.parameters, places=sampling.places)
+    for batch, found in zip(samples.batches, steps, strict=True):
         for name, gradient in found.items():
+            gradient.mul_(batch.count / samples.count)  # means over samples, whatever the batches
             gradients[name] = gradient if name not in gradients else gradients[name].add_(gradient)
-        batches += 1
-    return picked(subject, sampling.readings(), {name: gradient / batches for name, gradient in gradients.items()})
+    return picked(subject, sampling.readings(), gradients)
 
 
 def picked(subject: Subject, layers: list[Reading], gradients: dict[str, Tensor]) -> list[Scores]:

@@ -18,7 +18,6 @@ from slimc.scores import Scores, Subject, scorer
 _STEPS = 48
 _SWEEPS = 100
 _RANGE = 1e-4
-_RIDGE = 1e-9
 _ROUNDING = 1e-9
 
 
@@ -52,8 +51,8 @@ def leaving(gram: Scores) -> Scores:
     strongest = float(np.abs(gram.sum(1)).max())
     if strongest <= 0:
         return np.zeros(len(gram))
-    ridge = _RIDGE * float(np.trace(gram)) / len(gram) * np.eye(len(gram))
-    columns = np.linalg.cholesky(gram + ridge).T  # any columns with these inner products
+    values, vectors = np.linalg.eigh(gram)  # of more channels than rows some are zero, or just below by rounding
+    columns = (vectors * np.sqrt(values.clip(0))).T  # any columns with these inner products
     target = columns.sum(1)
     penalties = strongest * np.geomspace(1.0, _RANGE, _STEPS)
     with warnings.catch_warnings():

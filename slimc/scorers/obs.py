@@ -16,7 +16,7 @@ norms tell that training showed more of a reader's inputs than the samples do, H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from slimc.graph.rule import operator_name
 from slimc.graph.terms import Terms
 from slimc.lockstep import Frontier, sweep, trainable_at_once
 from slimc.readers import Reader, readers
+from slimc.samples import Samples
 from slimc.scores import Scores, Subject, scorer
 
 _RIDGE = 1e-3
@@ -174,12 +175,15 @@ def _sensitivities(
     gates_of = {place: np.zeros(len(subject.types.values[place[0]][place[1]])) for place in gated}
     seen = 0
     # Half of what fits: slopes take as much again as the values that they belong to.
-    for example in subject.samples.pieces(max(1, trainable_at_once(subject.types.captured.module) // 2)):
+    pieces = list(_probed(subject.samples, max(1, trainable_at_once(subject.types.captured.module) // 2)))
+    spreads = _spreads(subject, pieces)
+    for example in pieces:
         with torch.enable_grad():
             probing = _Probing(subject.types.captured.module, {*read, *(node for node, _ in gated)})
-            outputs = [t for t in probing.results(example) if t.requires_grad]
+            results = zip(probing.results(example), spreads, strict=True)
+            outputs = [(result, spread) for result, spread in results if result.requires_grad]
             for probe in range(_PROBES if outputs else 0):
-                total = torch.stack([_combination(output, generator) for output in outputs]).sum()
+                total = torch.stack([_combination(output, spread, generator) for output, spread in outputs]).sum()
                 values = list(probing.caught.values())
                 slopes = torch.autograd.grad(total, values, retain_graph=probe + 1 < _PROBES, allow_unused=True)
                 slope_of = dict(zip(probing.caught, slopes, strict=True))
@@ -197,8 +201,6 @@ def _sensitivities(
                         squares = products.reshape(first, -1, products.shape[-1]).sum(1).square().sum(0)
                         gates_of[node, axis] += squares.cpu().numpy()
         seen += len(example.tensors()[0])
-        if seen >= _PROBED:
-            break
     count = seen * _PROBES
     return (
         {node: value / count for node, value in slopes_of.items()},
@@ -206,10 +208,27 @@ def _sensitivities(
     )
 
 
-def _combination(output: Tensor, generator: torch.Generator) -> Tensor:
+def _probed(samples: Samples, most: int) -> Iterator[Example]:
+    """The first samples, enough for sensitivities, in pieces of at most `most`."""
+    seen = 0
+    for example in samples.pieces(most):
+        if seen >= _PROBED:
+            return
+        yield example
+        seen += len(example.tensors()[0])
+
+
+@torch.no_grad()
+def _spreads(subject: Subject, pieces: Sequence[Example]) -> list[Tensor]:
+    """The deviation of each output over all pieces; 1 where there is but one number."""
+    found = [_Probing(subject.types.captured.module, set()).results(example) for example in pieces]
+    whole = [torch.cat([own.flatten() for own in outputs]) for outputs in zip(*found, strict=True)]
+    return [own.std() if own.is_floating_point() and own.numel() > 1 else torch.ones(()) for own in whole]
+
+
+def _combination(output: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:
     """A random combination of one output's numbers, each in units of the output's own deviation."""
     noise = torch.randn(output.shape, generator=generator).to(output)
-    spread = output.detach().std() if output.numel() > 1 else torch.ones(())
     per_sample = max(1, output.numel() // max(1, len(output)) if output.dim() else 1)
     combined: Tensor = (output * noise).sum() / (spread.clamp_min(1e-12) * per_sample**0.5)
     return combined

@@ -79,6 +79,7 @@ def schedule(
     own = method.settings(settings or {})
     targets = compiler.targets_of(flops=flops, params=params, size=size, memory=memory)
     alignment, mend = compiler.alignment_of(round_to), _mending(recover, data)
+    compiler.check_seed(seed)
     if not epochs > 0:
         raise UsageError(f"epochs is {epochs}; it must be above 0")
     if scorer == "auto":
@@ -90,7 +91,9 @@ def schedule(
     analysis = analyse(model, example_inputs, stages, device)
     limits = compiler.limits_of(targets, analysis, stages)
     ignored = tuple(analysis.matching(ignore))
-    _check_reachable(analysis, limits, alignment, round_to == "auto", ignored)
+    planner.check_reachable(
+        analysis.grouping, analysis.cost, limits, round_to=alignment, may_relax=round_to == "auto", ignored=ignored
+    )
     with stages.stage("data"):
         _check_data(analysis, data, val, test, loss, metric)
     about = {
@@ -137,18 +140,6 @@ def _mending(wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[s
     for step in steps:
         recover.find(step)
     return steps
-
-
-def _check_reachable(
-    analysis: Analysis, limits: Mapping[str, float], alignment: int, may_relax: bool, ignored: Sequence[int]
-) -> None:
-    """UnreachableTarget before anything is trained."""
-    import numpy as np
-
-    nothing = [np.zeros(group.width) for group in analysis.groups]
-    planner.plan(
-        analysis.grouping, analysis.cost, nothing, limits, round_to=alignment, may_relax=may_relax, ignored=ignored
-    )
 
 
 def _compressed(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -84,6 +84,13 @@ def build(recipe: Recipe, module: nn.Module, named: Iterable[tuple[str, nn.Param
     if gates:
         chosen.append({"params": gates, "weight_decay": 0.0, "momentum": recipe.gate_momentum})
     return torch.optim.SGD(chosen, lr=rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+
+
+def with_sgd(recipe: Recipe, method: str) -> Recipe:
+    """The recipe for a phase that puts forces into gradients, which AdamW would rescale; UsageError where it must."""
+    if recipe.optimiser == "adamw":
+        raise UsageError(f"{method} adds forces to gradients, which AdamW rescales: leave optimiser at auto, or sgd")
+    return replace(recipe, optimiser="sgd")
 
 
 def default_rate(recipe: Recipe, module: nn.Module) -> float:

@@ -190,8 +190,9 @@ class Run:
         recipe = self.options.recipe
         if name != "finetune":
             recipe = replace(recipe, average=0.0, patience=0, keep="last")
+        recipe = replace(recipe, **changes)
         peak = recipe.rate or default_rate(recipe, self.analysis.model)
-        recipe = replace(recipe, **{"rate": peak * rate, **changes})
+        recipe = replace(recipe, rate=peak * rate)
         return Phase(self, name, min(epochs, self.left), recipe, hooks or Hooks(), trains, tally or {}, continues)
 
     def event(self, kind: str, compute: Callable[[], Any]) -> Any:
