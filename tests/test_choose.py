@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from convnet import noise, seeded
@@ -12,8 +13,8 @@ from scoring import ResNet
 from torch import Tensor, nn
 
 import slimc
-from slimc import choose
-from slimc.analysis import analyse
+from slimc import choose, scores
+from slimc.analysis import Stages, analyse
 from slimc.errors import UnreachableTarget
 
 
@@ -96,3 +97,69 @@ def test_one_step_where_nothing_is_fitted_or_samples_are_few_or_selection_is_exa
     given = {"data": [noise(128, 3, 8, 8, seed=5)], **options}
     slim = slimc.compress(seeded(ResNet), noise(2, 3, 8, 8), flops=0.5, **given)
     assert slim.plan.method["steps"] == 1
+
+
+def test_steps_go_through_a_group_norm_whose_statistics_are_over_parts_of_an_axis() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1),
+            nn.GroupNorm(4, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+        )
+    )  # fmt: skip
+    slim = slimc.compress(model, noise(2, 3, 8, 8), flops=0.5, round_to=1, data=[noise(128, 3, 8, 8, seed=5)])
+    assert slim.plan.method["steps"] == 3
+    assert slim.report.verification is not None
+    assert slim.report.verification.passed
+
+
+class Pairs(nn.Module):
+    """Layers of one kind, each followed by a norm, before one of another kind."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.c = nn.Conv2d(width, width, 3, padding=1)
+        self.n1, self.n2, self.fc = nn.BatchNorm2d(width), nn.BatchNorm2d(width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.n2(self.b(torch.relu(self.n1(self.a(x))))))
+        return self.fc(torch.relu(self.c(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def widths(
+    width: int, share: float, *, normalise: str, select: str, ignored: tuple[int, ...] = (), factors: dict[int, float]
+) -> list[int]:
+    """What each group keeps of scores that are drawn, those of some groups multiplied."""
+    analysis = analyse(seeded(lambda: Pairs(width)), noise(2, 3, 4, 4))
+    rng = np.random.default_rng(0)
+    own = [factors.get(group.number, 1.0) * rng.exponential(size=group.width) for group in analysis.groups]
+    method = scores.Method("drawn", "", "", lambda subject: own, "weights", normalise)
+    subject = scores.Subject(analysis.types, analysis.grouping, "l2", 0)
+    how = choose.How("auto", select, 1, True, ignored)
+    limits = {"flops": share * analysis.full.macs}
+    found: list[int] = choose.choose(analysis, method, subject, limits, how, Stages(None)).choice.widths.tolist()
+    return found
+
+
+@pytest.mark.parametrize("select", ["greedy", "exact"])
+def test_scores_of_one_class_are_not_compared_with_those_of_another(select: str) -> None:
+    # Groups 0 and 1 are followed by norms, group 2 is not.
+    found = [
+        widths(8, 0.5, normalise="isomorphic", select=select, factors={2: factor}) for factor in (1.0, 1e3)
+    ]  # fmt: skip
+    assert found[0] == found[1]
+
+
+def test_groups_that_stay_whole_take_no_part_in_their_class() -> None:
+    weak = widths(40, 0.5, normalise="isomorphic", select="greedy", ignored=(1,), factors={1: 0.01})
+    strong = widths(40, 0.5, normalise="isomorphic", select="greedy", ignored=(1,), factors={1: 100.0})
+    assert weak == strong
+    assert weak[1] == 40
+    assert abs(weak[0] - weak[2]) <= 1  # both classes lose the same share
+
+
+def test_exact_selection_keeps_a_tenth_of_each_group_where_the_ranking_could() -> None:
+    options: dict[str, Any] = {"normalise": "none", "factors": {1: 1e-3}}
+    greedy, exact = (widths(40, 0.08, select=select, **options) for select in ("greedy", "exact"))
+    assert min(greedy) >= 4
+    assert min(exact) >= 4

@@ -18,6 +18,7 @@ from torch import nn
 from slimc import cli, compiler
 from slimc.__main__ import guarded
 from slimc.errors import VerificationError
+from slimc.exporters import machine
 
 FACTORIES = """
 import torch
@@ -355,3 +356,29 @@ def test_an_interrupted_run_ends_with_130_and_writes_nothing(
     assert "Traceback" not in err
     assert out == ""
     assert everything(tmp_path) - before == {"started"}
+
+
+def test_a_seed_that_no_generator_takes_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("-1", str(2**64)):
+        assert slimc("compress", "model.pt", "--flops=0.5", *INPUT, f"--seed={seed}") == 2
+        assert "--seed" in capsys.readouterr().err
+
+
+def test_a_provider_that_cannot_measure_is_no_success(
+    result: tuple[Path, Any], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(next(result[0].rglob("model.onnx")))
+    assert slimc("latency", model, "--provider=foo", "--budget=0.1") == 2
+    assert "no provider 'foo'; known are cpu, cuda, tensorrt" in capsys.readouterr().err
+    if "CUDAExecutionProvider" not in machine.onnxruntime_providers():
+        assert slimc("latency", model, "--provider=cuda", "--budget=0.1") == 2
+        assert "has no CUDAExecutionProvider" in capsys.readouterr().err
+    assert slimc("latency", model, "--provider=CPU", "--budget=0.1", "--json") == 0
+
+
+def test_a_terminal_without_utf_8_gets_what_it_can_show(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "slimc", "inspect", MODEL, *INPUT], cwd=home, capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

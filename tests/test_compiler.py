@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -230,6 +231,34 @@ def test_a_model_without_prunable_channels_has_no_reachable_target() -> None:
         plain(seeded(lambda: nn.Linear(4, 3)), noise(2, 4), flops=0.5)
 
 
+@pytest.mark.parametrize("scorer", ["auto", "fisher", "nisp", "lasso"])
+def test_that_nothing_can_be_removed_is_said_before_anything_is_scored(scorer: str) -> None:
+    data = [(noise(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))]
+    model = seeded(lambda: nn.Conv2d(3, 8, 3))
+    for options in ({}, {"data": data}):
+        if scorer == "fisher" and not options:
+            continue
+        with pytest.raises(UnreachableTarget, match="No channel of this model can be removed"):
+            slimc.compress(model, X, flops=0.5, scorer=scorer, **options)  # type: ignore[arg-type]
+    assert slimc.compress(model, X, flops="1G", scorer="magnitude").report.targets["flops"].met
+    with pytest.raises(UnreachableTarget, match="left whole by --ignore"):
+        slimc.compress(seeded(ConvNet), X, flops=0.5, ignore=["*"])
+
+
+def test_the_smallest_amount_that_is_named_can_be_asked_for() -> None:
+    model = seeded(lambda: ConvNet(width=13))
+    with pytest.raises(UnreachableTarget) as refused:
+        plain(model, X, flops="0.1k")
+    found = re.search(r"of the original \(([\d.]+ [kM]?)\)", str(refused.value))
+    assert found is not None
+    plain(model, X, flops=found[1])
+
+
+def test_a_model_of_torch_jit_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"compiled by torch\.jit"):
+        plain(torch.jit.script(seeded(ConvNet)), X, flops=0.5)
+
+
 def test_a_model_without_operations_has_no_flops_to_cut() -> None:
     model = seeded(lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
     with pytest.raises(UsageError, match=r"--flops 0\.5: the model has no multiply-accumulates"):
@@ -243,6 +272,14 @@ def test_a_model_without_operations_has_no_flops_to_cut() -> None:
         ({"flops": 1.5}, "--flops 1.5"),
         ({"flops": 0.5, "scorer": "nonsense"}, "no scorer 'nonsense'"),
         ({"flops": 0.5, "norm": "l7"}, "--norm l7"),
+        ({"flops": 0.5, "norm": "l1", "scorer": "fpgm"}, "--norm l1 is for --scorer magnitude"),
+        ({"flops": 0.5, "seed": -1}, "--seed -1"),
+        ({"flops": 0.5, "seed": 2**64}, f"--seed {2**64}"),
+        ({"flops": 0.5, "ignore": "conv1"}, "ignore='conv1': give a list"),
+        ({"flops": 0.5, "device": "nonsense"}, "device nonsense cannot be used"),
+        ({"flops": 0.5, "recover": "auto,bn"}, "auto stands alone"),
+        ({"flops": 0.5, "recover": None}, "recover is None"),
+        ({"flops": 0.5, "samples": 5.5}, "--samples 5.5"),
         ({"flops": 0.5, "round_to": 0}, "--round-to 0"),
         ({"flops": 0.5, "round_to": "eight"}, "--round-to eight"),
         ({"flops": 0.5, "recover": "magic"}, "no recovery step 'magic'"),

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimc.data import open_data
-from slimc.datasets import load_arrays
+from slimc.datasets import load_arrays, picture
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
 from slimc.samples import collect
@@ -190,3 +191,70 @@ def test_a_source_without_both_parts_is_refused(text: str) -> None:
         UsageError, match=r"wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package\.module:function"
     ):
         open_data(text, ONE)
+
+
+def test_what_goes_wrong_while_the_users_batches_are_read_is_said_to_be_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "our_streams.py").write_text(
+        "import torch\n"
+        "def stream():\n    yield torch.ones(2, 3)\n    raise KeyError('row 3')\n"
+        "class Rows(torch.utils.data.Dataset):\n"
+        "    def __len__(self):\n        return 9\n"
+        "    def __getitem__(self, row):\n        raise ValueError('bad sample')\n"
+        "def loader():\n    return torch.utils.data.DataLoader(Rows(), num_workers=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, said in (("stream", "failed with KeyError: 'row 3'"), ("loader", "ValueError: bad sample")):
+        with pytest.raises(UsageError) as refused:
+            collect(open_data(f"our_streams:{name}", ONE), ONE)
+        assert f"--data our_streams:{name}" in str(refused.value)
+        assert said in str(refused.value)
+        assert "Traceback" not in str(refused.value)
+
+
+def test_a_batch_of_no_samples_is_passed_over() -> None:
+    assert collect([X[:0], X, X[:0]], ONE).count == 4
+    with pytest.raises(UsageError, match="gave no batch"):
+        collect([X[:0]], ONE)
+
+
+def test_what_is_not_iterable_is_no_data() -> None:
+    with pytest.raises(UsageError, match="data is a int"):
+        collect(5, ONE)  # type: ignore[arg-type]
+
+
+def test_a_dictionary_may_be_the_models_only_argument() -> None:
+    like = Example(({"left": X, "right": Y},), {})
+    for batch in ({"left": X, "right": Y}, ({"left": X, "right": Y},), ({"left": X, "right": Y}, LABELS)):
+        assert [t.shape for t in only(batch, like).tensors()] == [X.shape, Y.shape]
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"), [(">f4", "float32"), (">f8", "float32"), ("<f2", "float32"), (">i8", "int64")]
+)
+def test_arrays_are_read_in_any_byte_order_and_floats_as_float32(kind: str, read: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(6).astype(kind).reshape(2, 3))
+    found = load_arrays(tmp_path / "x.npy")["input"]
+    assert str(found.dtype) == f"torch.{read}"
+    assert found.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_only_an_example_that_can_be_asked_for_is_suggested() -> None:
+    for batch in (X.to(torch.uint8), torch.zeros(4)):
+        with pytest.raises(UsageError) as refused:
+            only(batch, ONE)
+        assert "--input" not in str(refused.value)
+
+
+def test_pictures_of_16_bits_are_read_like_those_of_8(tmp_path: Path) -> None:
+    grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "float.tiff")
+    for channels in (1, 3):
+        shape = (channels, 8, 8)
+        torch.testing.assert_close(picture(tmp_path / "16.png", shape), picture(tmp_path / "8.png", shape))
+        with pytest.raises(UsageError, match=r"float\.tiff holds 32-bit values"):
+            picture(tmp_path / "float.tiff", shape)

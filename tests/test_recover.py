@@ -41,6 +41,7 @@ LAYERS: dict[str, tuple[nn.Module, Tensor]] = {
     "three axes": (nn.Conv3d(2, 3, 2, padding=1), noise(2, 2, 4, 5, 3)),
     "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), noise(2, 4, 4, 5)),
     "transposed, wide edge": (nn.ConvTranspose1d(3, 2, 2, padding=3, dilation=2), noise(2, 3, 9)),
+    "transposed, cut edge": (nn.ConvTranspose2d(4, 2, 1, stride=2, padding=1, output_padding=1), noise(2, 4, 5, 6)),
     "linear": (nn.Linear(5, 3), noise(2, 4, 5)),
     "product": (type("P", (nn.Module,), {"forward": lambda self, x: x @ self.w})(), noise(3, 5)),
 }

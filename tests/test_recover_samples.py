@@ -16,6 +16,8 @@ import slimc
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
 from slimc.recovery.distill import _moved, _rectangles, _varied
+from slimc.recovery.reconstruct import set_apart
+from slimc.samples import Batch, Samples
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,62 @@ def test_what_is_pasted_covers_a_quarter_to_three_quarters() -> None:
     area, across, down = torch.rand(3, 200, generator=torch.Generator().manual_seed(0))
     share = _rectangles(area, across, down, 64, 48).double().mean((1, 2))
     assert torch.allclose(share, 0.25 + 0.5 * area.double(), atol=0.03)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 32])
+def test_statistics_do_not_depend_on_how_small_the_batches_are(size: int) -> None:
+    whole = noise(64, 3, 8, 8, seed=7)
+    inputs = seeded(ConvNet), X
+    wanted = reestimated(*inputs, list(torch.split(whole, 32)), flops=0.5).module.state_dict()
+    found = reestimated(*inputs, list(torch.split(whole, size)), flops=0.5).module.state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name])
+
+
+def test_a_last_batch_of_one_sample_is_measured_with_the_others() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)))
+    data = list(torch.split(noise(65, 8, seed=3), 16))
+    assert len(data[-1]) == 1
+    slim = slimc.compress(model, noise(2, 8), flops=0.6, round_to=1, data=data, recover=["bn"])
+    assert slim.report.recovery is not None
+    assert "on 53 samples" in slim.report.recovery[0].detail  # a fifth judges
+
+
+def test_a_model_that_takes_one_sample_at_a_time_is_measured_on_all_of_them() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.b = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.n(self.a(x.reshape(1, 8)))))  # type: ignore[no-any-return]
+
+    slim = reestimated(seeded(One), noise(1, 8), [noise(32, 8, seed=3)], flops=0.6)
+    norm = slim.module.get_submodule("n")
+    assert isinstance(norm.running_mean, Tensor)
+    assert norm.running_mean.abs().min() > 1e-3  # was 0
+
+
+def test_a_few_samples_are_set_aside_of_small_batches_together() -> None:
+    def sizes(*counts: int) -> tuple[list[int], list[int]]:
+        batches = tuple(Batch(Example((noise(count, 2),), {})) for count in counts)
+        fit, judged = Samples(batches, "here").split(0.2)
+        assert fit.count + judged.count == sum(counts)
+        return [batch.count for batch in fit.batches], [batch.count for batch in judged.batches]
+
+    assert sum(sizes(*[2] * 20)[1]) == 8
+    assert sum(sizes(*[4] * 10, 1)[1]) == 8
+    assert sizes(3) == ([2], [1])
+    assert sizes(10, 1) == ([8, 1], [2])
+    assert set_apart([13, 64, 5]) == [3, 13, 1]
+    assert sum(set_apart([1] * 30)) == sum(set_apart([2] * 15)) == 6
+    assert set_apart([1, 2]) == [0, 1]
+
+
+def test_a_step_is_judged_also_by_a_single_sample() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1)))
+    slim = slimc.compress(model, X, flops=0.5, round_to=1, data=[noise(3, 3, 8, 8, seed=2)], recover=["reconstruct"])
+    assert slim.report.recovery is not None
+    (step,) = slim.report.recovery
+    assert step.before is not None
+    assert step.before > 1e-3

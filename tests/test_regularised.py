@@ -13,12 +13,14 @@ from scheduled import PLAIN, Plain, PreActivation, Wide, begin, first, group_of,
 from torch import nn
 
 import slimc
+from slimc.errors import UsageError
 from slimc.graph.infer import attribute
 from slimc.schedules import csgd, group_sparsity
 from slimc.schedules.resrep import closing, strengths
 from slimc.training import lifts
 from slimc.training.gates import gates_of
 from slimc.training.phase import Phase
+from slimc.training.recipe import Recipe
 from slimc.training.run import Run
 
 # -- csgd ---------------------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def test_a_masked_gate_moves_by_one_in_the_second_half() -> None:
     gate = torch.nn.Parameter(torch.ones(1))
     optimiser = torch.optim.SGD([gate], lr=0.1, momentum=0.99, nesterov=True)
     for _ in range(steps // 2):
-        gate.grad = torch.full_like(gate, closing(run, steps))
+        gate.grad = torch.full_like(gate, closing(run, PLAIN, steps))
         optimiser.step()
     assert gate.item() == pytest.approx(0, abs=1e-4)
 
@@ -255,3 +257,14 @@ def test_masked_gates_close_by_the_end_and_are_what_is_cut() -> None:
     slim = run.result
     assert slim.report.targets["flops"].got <= 0.5
     assert np.array_equal(run.network.alive[groups], alive[groups])
+
+
+@pytest.mark.parametrize(("name", "phase"), [("csgd", "centripetal"), ("resrep", "compact")])
+def test_forces_in_gradients_are_left_to_sgd(name: str, phase: str) -> None:
+    model = scoring.build("vit")
+    run = begin(name, model, flops=0.9, recipe=Recipe(precision="float32"), settings={"finetune": 0.5})
+    found = first(run, phase).recipe
+    assert (found.optimiser, found.rate) == ("sgd", 0.05)
+    assert first(run, "finetune").recipe.optimiser == "auto"
+    with pytest.raises(UsageError, match=f"{name} adds forces to gradients, which AdamW rescales"):
+        next(iter(begin(name, model, flops=0.9, recipe=Recipe(optimiser="adamw"))))

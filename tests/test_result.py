@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import slimc
-from slimc.errors import OutputError, ParityError, PlanError
+from slimc.errors import LoadError, OutputError, ParityError, PlanError
 
 FILES = {"model.onnx", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html"}
 
@@ -254,6 +255,30 @@ def test_a_file_that_differs_from_the_module_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_good_file_outlives_one_that_differs(
+    slim: slimc.Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slim.export_onnx(tmp_path / "model.onnx")
+    good = (tmp_path / "model.onnx").read_bytes()
+
+    def differs(*_: Any) -> None:
+        raise ParityError("differs")
+
+    monkeypatch.setattr(slimc.Compressed, "_parity", differs)
+    with pytest.raises(ParityError):
+        slim.export_onnx(tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() == good
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision_is_sent_to_float32(kind: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(kind).eval()
+    found = slimc.compress(model, torch.randn(2, 3, 8, 8).to(kind), flops=0.5, round_to=1, recover="none")
+    with pytest.raises(OutputError, match=r"float32 \(model\.float\(\)\)"):
+        found.save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def _writes_a_model(_program: object, path: Path) -> Any:
     from types import SimpleNamespace
 
@@ -289,6 +314,34 @@ def test_loading_refuses_what_does_not_fit(saved: Path, tmp_path: Path) -> None:
         slimc.load(tmp_path, Net())
     with pytest.raises(PlanError, match="fits only the architecture"):
         slimc.load(saved, nn.Sequential(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"": {"forward": 3}}, "no size 'forward'"),
+        ({"": {"training": 3}}, "no size 'training'"),
+        ({"": {"new": 3}}, "no size 'new'"),
+        ({"no.such": {"out_channels": 3}}, "no.such has no size"),
+    ],
+)
+def test_attributes_that_are_no_sizes_are_refused(
+    attributes: dict[str, Any], said: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(saved, folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"attributes": attributes}))
+    with pytest.raises(PlanError) as refused:
+        slimc.load(folder, net())
+    assert said in str(refused.value)
+
+
+def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{")
+    for path in (tmp_path / "report.json", str(tmp_path / "none.json")):
+        with pytest.raises(LoadError, match="cannot be read as a report"):
+            slimc.Report.read_json(path)
 
 
 @pytest.mark.usefixtures("quick")

@@ -242,3 +242,67 @@ def test_without_a_layer_there_is_nothing_to_start_from() -> None:
     for name in ("nisp", "thinet"):
         with pytest.raises(UsageError, match=r"layer|readers|channels"):
             score(name, Scale(), [torch.randn(4, 3)])
+
+
+@pytest.mark.parametrize("scorer", ["thinet", "lasso", "dcp"])
+def test_fewer_rows_than_channels_and_channels_that_are_alike_are_scored(scorer: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    with torch.no_grad():
+        for tensor in model[0].parameters():
+            tensor[32:] = tensor[:32]
+    labels = torch.randint(3, (8,), generator=torch.Generator().manual_seed(0))
+    (found,) = score(scorer, model, [(torch.randn(8, 16), labels)]).values()
+    assert np.isfinite(found).all()
+    assert found.max() > 0
+
+
+def test_dcps_gradient_is_a_mean_over_samples_whatever_the_batches() -> None:
+    x, labels = pictures(24), torch.randint(5, (24,), generator=torch.Generator().manual_seed(0))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return 1e4 * nn.functional.cross_entropy(outputs, targets)  # so that it decides what is picked
+
+    def scored(*sizes: int) -> dict[str, np.ndarray]:
+        batches = zip(torch.split(x, list(sizes)), torch.split(labels, list(sizes)), strict=True)
+        return score("dcp", build("resnet"), list(batches), loss=loss)
+
+    whole, uneven = scored(24), scored(22, 1, 1)
+    for name, own in whole.items():
+        np.testing.assert_allclose(uneven[name], own, rtol=1e-6)
+
+
+def test_nisp_passes_importance_to_both_sides_of_a_difference_however_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("slimc.scorers.nisp.importance", lambda features: torch.ones(features.shape[1]).double())
+
+    class Difference(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.how = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3), how
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            y = self.b(x)
+            z = x - y if self.how == "sub" else torch.add(x, y, alpha=-1) if self.how == "alpha" else x + (-1.0) * y
+            return self.c(torch.relu(z))  # type: ignore[no-any-return]
+
+    found = []
+    for how in ("sub", "alpha", "factor"):
+        torch.manual_seed(0)
+        found.append(score("nisp", Difference(how).double().eval(), [torch.randn(8, 4).double()]))
+    for other in found[1:]:
+        for name, own in found[0].items():
+            np.testing.assert_allclose(other[name], own)
+
+
+def test_obs_of_a_model_with_one_output_does_not_depend_on_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 1)).double().eval()
+    x = torch.randn(256, 16, dtype=torch.float64)
+    totals = []
+    for size in (1, 2, 256):
+        (found,) = score("obs", model, list(torch.split(x, size))).values()
+        totals.append(found.sum())
+    assert max(totals) < 3 * min(totals)  # random combinations; was 4 orders of magnitude
