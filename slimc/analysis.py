@@ -193,6 +193,8 @@ def analyse(
         )
     stages = stages or Stages(None)
     example = Example.of(example_inputs).map(Tensor.detach)
+    if any(tensor.dim() and not len(tensor) for tensor in example.tensors()):
+        raise UsageError("an example input holds no sample; give at least one, better two")
     with torch.random.fork_rng():
         with stages.stage("capture"):
             modes = {name: module.training for name, module in model.named_modules()}

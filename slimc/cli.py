@@ -188,6 +188,8 @@ def inspect(
         from . import compiler, inspection
         from .graph.view import to_dot
 
+        if as_json and (dot or types):
+            raise UsageError("--json is a summary as data; leave out --dot and --types, or --json")
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, None, seed)
         analysis = compiler.inspect(loaded.model, example, progress=console.progress)
         if dot:

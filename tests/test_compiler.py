@@ -224,6 +224,8 @@ def test_an_output_that_is_not_finite_is_refused() -> None:
 def test_inputs_that_do_not_fit_are_refused_with_their_shape() -> None:
     with pytest.raises(CaptureError, match=r"\(2, 4, 8, 8\)"):
         plain(seeded(ConvNet), noise(2, 4, 8, 8), flops=0.5)
+    with pytest.raises(UsageError, match="holds no sample"):
+        plain(seeded(ConvNet), noise(0, 3, 8, 8), flops=0.5)
 
 
 def test_a_model_without_prunable_channels_has_no_reachable_target() -> None:

@@ -50,6 +50,24 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path, {"epochs": 3}).start(resume=False)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"about": 5, "checkpoints": []}', '{"about": {}, "checkpoints": [5]}', '{"about": {}, "checkpoints": 5}'],
+)
+def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(OutputError, match="is not a manifest of slimc"):
+        RunFolder(tmp_path, {}).start(resume=True)
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    run = begin(folder=tmp_path / "run", data_name="npz:a.npz in batches of 8")
+    next(iter(run))
+    run.save(None)
+    with pytest.raises(UsageError, match=r"its data is 'npz:a\.npz in batches of 8', not 'npz:b\.npz in batches of 8'"):
+        next(iter(begin(folder=tmp_path / "run", data_name="npz:b.npz in batches of 8", resume=True)))
+
+
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     with RunFolder(tmp_path, {}).locked(), pytest.raises(UsageError, match="in use"), RunFolder(tmp_path, {}).locked():
         pass

@@ -60,6 +60,7 @@ def schedule(
     folder: str | Path | None = None,
     resume: bool = False,
     model_name: str | None = None,
+    data_name: str | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """A run of one of `slimc methods`' schedules: iterate over its phases, then take `result`.
@@ -72,7 +73,7 @@ def schedule(
     given. recipe: how phases train. scorer: for schedules that take one; "auto" is `obs` for `one-shot` and `iterative`
     where cuts are mended, else `magnitude`. recover: what is fitted without labels after every cut: "auto", "none" (the
     method as it was published) or a list. settings: the method's own. folder: where the run is kept, so that `resume`
-    goes on with it.
+    goes on with it. data_name: what the data is called; a run goes on with data of that name alone.
     Raises UsageError, CaptureError, UnreachableTarget, and what `compress` raises when the result is built.
     """
     method = registry.find(name)
@@ -99,7 +100,7 @@ def schedule(
     about = {
         "model": weights_sha256(model), "schedule": name, "targets": {t.metric: t.text for t in targets},
         "epochs": epochs, "settings": own, "scorer": scorer, "recover": list(mend), "round_to": str(round_to),
-        "seed": seed, "recipe": vars(recipe or Recipe()), "ignore": list(ignore),
+        "seed": seed, "recipe": vars(recipe or Recipe()), "ignore": list(ignore), "data": data_name,
     }  # fmt: skip
     options = Options(
         limits, epochs, recipe or Recipe(), scorer, alignment, round_to == "auto", mend, ignored, seed, own
@@ -136,7 +137,9 @@ def _mending(wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[s
     if steps and data is None:
         raise UsageError(f"--recover {','.join(steps)} needs data to fit on")
     if "distill" in steps:
-        raise UsageError("distillation is part of a schedule's training: give Recipe(distil=0.5) instead")
+        raise UsageError(
+            "distillation is part of a schedule's training: give --distil 0.5, or Recipe(distil=0.5) in Python, instead"
+        )
     for step in steps:
         recover.find(step)
     return steps

@@ -49,12 +49,14 @@ class Training:
 
     def run(self, model: nn.Module, example: Example, *, data: str, folder: Path, **options: Any) -> Compressed | None:
         """Train and cut; None in processes that only helped with that."""
-        feeds = open_training(data, example, self.batch_size or BATCH)
+        size = self.batch_size or BATCH
+        feeds = open_training(data, example, size)
         with workers.joined():
             found: Compressed = schedule(
                 self.schedule, model, example, epochs=self.epochs, data=feeds.train, val=feeds.validation,
                 test=feeds.test, recipe=Recipe(rate=self.rate, distil=self.distil), settings=self._settings(),
-                folder=folder, resume=self.resume, device=workers.device(), **options,
+                folder=folder, resume=self.resume, device=workers.device(),
+                data_name=f"{data} in batches of {size}", **options,
             ).result  # fmt: skip
             return found if workers.rank() == 0 else None
 

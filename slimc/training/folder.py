@@ -20,6 +20,7 @@ import torch
 from slimc.errors import OutputError, UsageError
 
 _KEPT = 2
+_ENTRY = {"number", "file", "sha256"}
 _END = json.dumps({"event": "end"})
 _MANIFEST, _LOG, _LOCK = "manifest.json", "log.jsonl", "lock"
 
@@ -130,9 +131,11 @@ class RunFolder:
             found = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OutputError(f"{self.path / _MANIFEST} cannot be read: {error}") from error
-        if not isinstance(found, dict) or "about" not in found or "checkpoints" not in found:
+        fits = isinstance(found, dict) and isinstance(found.get("about"), dict)
+        entries = found["checkpoints"] if fits and isinstance(found.get("checkpoints"), list) else [None]
+        if not isinstance(found, dict) or not all(isinstance(own, dict) and own.keys() >= _ENTRY for own in entries):
             raise OutputError(f"{self.path / _MANIFEST} is not a manifest of slimc")
         return found
 

@@ -376,8 +376,11 @@ class Run:
         self.stages.detail(f"going on after {self.spent:.3g} of {self.options.epochs:g} epochs")
 
     def _settle(self) -> None:
-        """Measure batch-norm statistics anew where too few steps were trained since the last cut to forget the old."""
-        if self._data is not None and self._steps < _SETTLED:
+        """Measure batch-norm statistics anew where too few steps were trained since the last cut to forget the old.
+
+        Not where nothing is mended: the method is then as it was published.
+        """
+        if self.options.mend and self._data is not None and self._steps < _SETTLED:
             self.event("settle", lambda: self.network.refit(recover.find("bn").run, self.samples))
 
     def _check_reached(self) -> None:
