@@ -64,6 +64,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     run = begin(folder=tmp_path / "run", data_name="npz:a.npz in batches of 8")
     next(iter(run))
     run.save(None)
+    del run  # and its lock
     with pytest.raises(UsageError, match=r"its data is 'npz:a\.npz in batches of 8', not 'npz:b\.npz in batches of 8'"):
         next(iter(begin(folder=tmp_path / "run", data_name="npz:b.npz in batches of 8", resume=True)))
 
