@@ -22,7 +22,7 @@ from slimc.graph.rule import arguments, operator_name
 from slimc.recover import Task, step
 
 _AT_ONCE = 8
-_LEAST = 32
+_LEAST = 16
 """Samples that normalise each other: the statistics of fewer are noise, so that results would hang on batches."""
 
 

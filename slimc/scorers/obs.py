@@ -16,6 +16,7 @@ norms tell that training showed more of a reader's inputs than the samples do, H
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ _WIDEST = 6_144
 _PROBES = 1
 _PROBED = 64
 """Samples whose gradients are taken."""
+_TELLING = 256
+"""Numbers of an output that tell its deviation; where a batch has fewer, that over all batches counts."""
 
 
 @scorer(
@@ -176,12 +179,15 @@ def _sensitivities(
     seen = 0
     # Half of what fits: slopes take as much again as the values that they belong to.
     pieces = list(_probed(subject.samples, max(1, trainable_at_once(subject.types.captured.module) // 2)))
-    spreads = _spreads(subject, pieces)
+    spreads: list[Tensor] = []
     for example in pieces:
         with torch.enable_grad():
             probing = _Probing(subject.types.captured.module, {*read, *(node for node, _ in gated)})
-            results = zip(probing.results(example), spreads, strict=True)
-            outputs = [(result, spread) for result, spread in results if result.requires_grad]
+            results = probing.results(example)
+            if not spreads and any(own.numel() < _TELLING for own in results):
+                spreads = _spreads(subject, pieces)
+            pairs = zip(results, spreads or itertools.repeat(None), strict=False)
+            outputs = [(result, spread) for result, spread in pairs if result.requires_grad]
             for probe in range(_PROBES if outputs else 0):
                 total = torch.stack([_combination(output, spread, generator) for output, spread in outputs]).sum()
                 values = list(probing.caught.values())
@@ -226,9 +232,13 @@ def _spreads(subject: Subject, pieces: Sequence[Example]) -> list[Tensor]:
     return [own.std() if own.is_floating_point() and own.numel() > 1 else torch.ones(()) for own in whole]
 
 
-def _combination(output: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:
-    """A random combination of one output's numbers, each in units of the output's own deviation."""
+def _combination(output: Tensor, pooled: Tensor | None, generator: torch.Generator) -> Tensor:
+    """A random combination of one output's numbers, each in units of the output's own deviation.
+
+    pooled: the deviation over other samples too, for outputs of few numbers.
+    """
     noise = torch.randn(output.shape, generator=generator).to(output)
+    spread = output.detach().std() if pooled is None or output.numel() >= _TELLING else pooled
     per_sample = max(1, output.numel() // max(1, len(output)) if output.dim() else 1)
     combined: Tensor = (output * noise).sum() / (spread.clamp_min(1e-12) * per_sample**0.5)
     return combined
