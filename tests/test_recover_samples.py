@@ -215,11 +215,11 @@ def test_what_is_pasted_covers_a_quarter_to_three_quarters() -> None:
     assert torch.allclose(share, 0.25 + 0.5 * area.double(), atol=0.03)
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 32])
+@pytest.mark.parametrize("size", [1, 2, 8])
 def test_statistics_do_not_depend_on_how_small_the_batches_are(size: int) -> None:
     whole = noise(64, 3, 8, 8, seed=7)
     inputs = seeded(ConvNet), X
-    wanted = reestimated(*inputs, list(torch.split(whole, 32)), flops=0.5).module.state_dict()
+    wanted = reestimated(*inputs, list(torch.split(whole, 16)), flops=0.5).module.state_dict()
     found = reestimated(*inputs, list(torch.split(whole, size)), flops=0.5).module.state_dict()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name])
