@@ -152,7 +152,7 @@ class Compressed:
 
     def _export_onnx(self, program: torch.export.ExportedProgram, path: Path) -> OnnxFile:
         kinds = {t.dtype for t in self.graph.state_dict().values() if t.is_floating_point()}
-        if half := kinds & {torch.float16, torch.bfloat16}:
+        if (half := kinds & {torch.float16, torch.bfloat16}) and torch.float32 not in kinds:
             raise OutputError(
                 f"the model computes in {str(half.pop())[6:]}, in which no two programs agree well enough for a file "
                 "to be checked: compress it in float32 (model.float()), and convert the ONNX file afterwards"
