@@ -36,7 +36,8 @@ class Chosen:
     """What stays.
 
     unscored: groups that the scorer says nothing of, which stay whole. selection: None where the greedy ranking chose.
-    steps: in how many cuts.
+    steps: in how many cuts. scores: [variables] by what channels were ranked when they went or, of those that stay, in
+    the last step; NaN in groups that the scorer says nothing of.
     """
 
     cut: Cut
@@ -44,6 +45,7 @@ class Chosen:
     unscored: tuple[int, ...]
     selection: Selection | None
     steps: int
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class _Ranking:
     unscored: tuple[int, ...]
     kept_whole: tuple[int, ...]
 
+    def note(self, scores: Scores) -> None:
+        """Write what the channels that are left were ranked by into [variables]."""
+        for group, own in zip(self.grouping.groups, self.ranked, strict=True):
+            scores[group.variables] = np.nan if group.number in self.unscored else own
+
 
 def choose(
     analysis: Analysis, method: scores.Method, subject: Subject, limits: Mapping[str, float], how: How, stages: Stages,
@@ -87,8 +94,10 @@ def choose(
     """
     count = _steps(analysis, limits) if between is not None and how.select == "greedy" else 1
     alive = np.ones(analysis.types.solution.variables, np.bool_)
+    found = np.full(len(alive), np.nan)
     with stages.stage("score"):
         ranking = _rank(analysis, method, subject, limits, how)
+        ranking.note(found)
         for step in range(1, count):
             _planned(analysis, ranking, limits, how)  # raises now where the budget cannot be met
             choice = _planned(analysis, ranking, planner.on_the_way(analysis.full, limits, step / count), how)
@@ -97,11 +106,12 @@ def choose(
             assert between is not None
             subject = _fitted(analysis, _remove(analysis, alive, ranking, choice), subject, between)
             ranking = _rank(analysis, method, subject, limits, how)
+            ranking.note(found)
     with stages.stage("plan"):
         choice, selection = _planned(analysis, ranking, limits, how), None
         if how.select == "exact":
             choice, selection = _exactly(analysis, ranking, limits, choice)
-        return Chosen(_remove(analysis, alive, ranking, choice), choice, ranking.unscored, selection, count)
+        return Chosen(_remove(analysis, alive, ranking, choice), choice, ranking.unscored, selection, count, found)
 
 
 def _rank(

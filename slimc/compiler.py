@@ -22,7 +22,7 @@ from .exporters import machine
 from .graph.capture import Example
 from .graph.cost import Costs
 from .graph.resize import Cut
-from .plan import Plan, make, weights_sha256
+from .plan import Plan, make, scores_of, weights_sha256
 from .report import Method, TargetResult
 from .result import Compressed, evaluating
 from .rewrite import rewrite, shapes_agree
@@ -135,7 +135,7 @@ def compress(
         "scorer": method.name, "norm": norm, "schedule": "one-shot", "steps": chosen.steps,
         "round_to": choice.round_to, "seed": seed,
     }  # fmt: skip
-    facts = facts_of(model, targets, limits, how)
+    facts = facts_of(model, targets, limits, how) | {"scores": scores_of(analysis.grouping, chosen.scores)}
     results = results_of(limits, analysis.full, choice.costs)
     described = Method(method.name, "one-shot", choice.round_to, seed)
     warnings = _remarks(analysis, method, chosen, alignment, bool(wanted) and not calibration)

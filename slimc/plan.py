@@ -20,6 +20,7 @@ from .graph.groups import Grouping
 from .graph.infer import Types
 from .graph.resize import Cut
 from .report.model import GroupRow
+from .scores import Scores
 
 FORMAT = 1
 
@@ -33,6 +34,8 @@ class Plan:
     source_sha256: hash of the names, shapes and bytes of the weights that the plan was made for.
     attributes: new sizes of the user's own modules, by path and attribute; None where the class cannot take
         them, and then attributes_note says why.
+    scores: for each group, by what its channels were ranked (larger stays; of a cut in steps, in the step that
+        decided); None for a group that the scorer says nothing of, and in all where training chose.
     """
 
     kept: dict[str, dict[int, list[int]]]
@@ -44,6 +47,7 @@ class Plan:
     source_sha256: str | None = None
     attributes: dict[str, dict[str, Any]] | None = None
     attributes_note: str | None = None
+    scores: dict[str, list[float] | None] | None = None
 
     # -- as a file ------------------------------------------------------------------------------------
 
@@ -95,6 +99,7 @@ class Plan:
             data.get("source_sha256"),
             attributes,
             data.get("attributes_note"),
+            _scores(data.get("scores"), source),
         )
 
     # -- as a cut -------------------------------------------------------------------------------------
@@ -164,6 +169,15 @@ def make(types: Types, grouping: Grouping, cut: Cut, **facts: Any) -> Plan:
     return Plan(kept, shapes, groups_of(grouping, cut), **facts)
 
 
+def scores_of(grouping: Grouping, values: Scores) -> dict[str, list[float] | None]:
+    """What each group's channels were ranked by, from [variables] numbers; None where one is not a number."""
+    found: dict[str, list[float] | None] = {}
+    for group in grouping.groups:
+        own = values[group.variables]
+        found[group.name] = None if np.isnan(own).any() else [float(f"{value:.6g}") for value in own.tolist()]
+    return found
+
+
 def groups_of(grouping: Grouping, cut: Cut) -> tuple[GroupRow, ...]:
     """Every group with what stays of it, in network order."""
     return tuple(
@@ -216,6 +230,16 @@ def _table(name: str, value: Any, source: str) -> dict[str, Any]:
     if not isinstance(value or {}, dict):
         raise PlanError(f'{source}: "{name}" must be a table, not {type(value).__name__}')
     return value or {}
+
+
+def _scores(table: Any, source: str) -> dict[str, list[float] | None] | None:
+    if table is None:
+        return None
+    found = _table("scores", table, source)
+    for own in found.values():
+        if own is not None and not (isinstance(own, list) and all(type(value) in (int, float) for value in own)):
+            raise PlanError(f'{source}: "scores" must be a table from group to a list of numbers, or null')
+    return found
 
 
 def _groups(rows: Any, source: str) -> tuple[GroupRow, ...]:

@@ -88,6 +88,11 @@ def test_the_file_says_what_the_interface_promises(slim: slimc.Compressed, tmp_p
     assert {"kept", "groups", "targets", "method", "versions", "source_sha256"} <= data.keys()
     for group in data["groups"]:
         assert {"name", "width", "kept", "exact", "members"} <= group.keys()
+        found = data["scores"][group["name"]]
+        assert len(found) == group["width"]
+        variables = {tuple(data["kept"][t][str(a)]) for t, a in group["members"][:1] if t in data["kept"]}
+        for indices in variables if group["exact"] else ():
+            assert min(found[i] for i in indices) >= max(v for i, v in enumerate(found) if i not in indices)
         for tensor, axis in group["members"]:
             assert residual().state_dict()[tensor].shape[axis] == group["width"]
             assert len(data["kept"].get(tensor, {}).get(str(axis), range(group["width"]))) == group["kept"]
@@ -118,6 +123,9 @@ def test_the_file_says_what_the_interface_promises(slim: slimc.Compressed, tmp_p
         ('{"kept": {}, "groups": 3}', '"groups"'),
         ('{"kept": {}, "targets": 3}', '"targets"'),
         ('{"kept": {}, "method": "l1"}', '"method"'),
+        ('{"kept": {}, "scores": 3}', '"scores"'),
+        ('{"kept": {}, "scores": {"g": [true]}}', '"scores"'),
+        ('{"kept": {}, "scores": {"g": 3}}', '"scores"'),
         ('{"kept": {}, "attributes": {"conv": 3}}', '"attributes"'),
     ],
 )
