@@ -24,7 +24,7 @@ from bench import networks, page
 from bench.memory import Peaks, _status
 from slimc import compiler, samples, scores
 from slimc.graph.capture import Example
-from slimc.scorers import obs
+from slimc.sensitivities import PROBED
 
 ROWS = page.RESULTS / "scoring.jsonl"
 KEY = ("scorer", "model", "batches", "size", "threads")
@@ -33,7 +33,7 @@ _GIB = 2**30
 _PART = 8
 """Samples of a plain pass: about what a scorer takes at a time, and no slower per sample than a batch of 32."""
 CLASSES = 1000
-SLOPES = {"obs": obs._PROBED}
+SLOPES = {"obs": PROBED}
 """Samples of which a scorer without labels takes gradients, beside the forward pass over all."""
 
 

@@ -112,10 +112,10 @@ class Absolute(Plain):
             fixed = second if first.requires_grad else first
             return live[0] * (fixed.abs() if name == "mul" else fixed.abs().clamp_min(1e-12).reciprocal())
         if name in ("add", "sub", "rsub"):
-            if len(operands) == 1:
-                return operands[0]
+            left, right = (call["other"], call["self"]) if name == "rsub" else (call["self"], call["other"])
+            if len(operands) == 1 and not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+                return operands[0]  # beside a number
             share = abs(call["alpha"]) if isinstance(call.get("alpha"), (int, float)) else 1
-            left, right = (operands[1], operands[0]) if name == "rsub" else operands[:2]
             return left + share * right
         if is_pointwise(n) and len(live) == 1:
             return live[0].expand(torch.broadcast_shapes(*(o.shape for o in operands)))  # type: ignore[no-untyped-call]

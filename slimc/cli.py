@@ -98,13 +98,14 @@ def compress(
     # Of several processes that train together the first one speaks.
     with Console(quiet or os.environ.get("RANK", "0") != "0", as_json, stages=12) as console:
         from . import compiler, scores
+        from . import recover as recovery
         from .data import open_data
 
         targets = _targets(flops=flops, params=params, size=size, memory=memory)
         if scorer != "auto":
             scores.check(scores.find(scorer), normalise, data is not None)
         compiler.alignment_of(round_to)
-        compiler.recover_steps(recover)
+        recovery.asked(recover)
         training = _training_options(schedule, epochs, rate, batch_size, distil, settings, resume, data)
         one_cut: dict[str, Any] = {"norm": norm, "normalise": normalise, "select": select, "samples": samples}
         if training is not None and one_cut != {"norm": "l2", "normalise": "auto", "select": "greedy", "samples": None}:
@@ -155,10 +156,11 @@ def apply(
     """Make the same cut in another checkpoint of the same architecture."""
     with Console(quiet, as_json, stages=11) as console:
         from . import compiler
+        from . import recover as recovery
         from .data import open_data
         from .plan import Plan
 
-        compiler.recover_steps(recover)
+        recovery.asked(recover)
         cut = Plan.load(plan)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)

@@ -96,7 +96,7 @@ def compress(
         ).result  # fmt: skip
         return trained
     targets = targets_of(flops=flops, params=params, size=size, memory=memory)
-    alignment, wanted = alignment_of(round_to), recover_steps(recover)
+    alignment, wanted = alignment_of(round_to), recovery.asked(recover)
     check_select(select)
     check_seed(seed)
     if norm not in ("l1", "l2"):
@@ -115,7 +115,7 @@ def compress(
     )
     needed = bool(wanted) or (scorer != "auto" and scores.find(scorer).needs != "weights")
     calibration = gather(analysis, data, samples, seed, stages) if needed else None
-    steps = _possible(wanted, calibration)
+    steps = recovery.possible(wanted, calibration)
     method = scores.find(scorer if scorer != "auto" else "obs" if calibration else "magnitude")
     if method.needs != "weights" and calibration is None:
         raise UsageError(f"--scorer {method.name} needs --data: its samples cannot be made up for these inputs")
@@ -164,7 +164,7 @@ def apply(
     first mismatch where the plan was made for another architecture, or was edited so that coupled indices no longer
     go together.
     """
-    stages, wanted = Stages(progress), recover_steps(recover)
+    stages, wanted = Stages(progress), recovery.asked(recover)
     if not isinstance(plan, Plan):
         raise UsageError(f"plan is a {type(plan).__name__}; give a Plan, such as slimc.Plan.load(path)")
     analysis = analyse(model, example_inputs, stages, device)
@@ -180,7 +180,7 @@ def apply(
     slim = build(analysis, cut, facts, {}, chosen, stages, [], name)
     seed = numbers[1]
     calibration = gather(analysis, data, samples, seed, stages) if wanted else None
-    if calibration and (steps := _possible(wanted, calibration)):
+    if calibration and (steps := recovery.possible(wanted, calibration)):
         slim.fit(steps, calibration, _beside(analysis, data, calibration, seed, stages))
     return slim
 
@@ -293,35 +293,6 @@ def _proof_inputs(analysis: Analysis) -> list[Example]:
         return [mixed_input(captured.example, captured.batch, seed=0)]
     is_large = analysis.full.macs * captured.batch >= _LARGE_MACS
     return random_inputs(captured.example, _INPUTS_OF_LARGE if is_large else _INPUTS, seed=0)
-
-
-AUTO = ("reconstruct", "bn", "distill")
-"""What `--recover auto` tries, in order; each is kept only where it helps."""
-
-
-def recover_steps(wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """The recovery steps that are asked for; ("auto",) stands for itself."""
-    if not isinstance(wanted, (str, Sequence)):
-        raise UsageError(f"recover is {wanted!r}; wanted auto, none or a list of steps")
-    names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
-    if names in (["none"], []):
-        return ()
-    if names == ["auto"]:
-        return ("auto",)
-    if alone := [name for name in names if name in ("auto", "none")]:
-        raise UsageError(f"--recover {','.join(names)}: {alone[0]} stands alone; give it, or a list of steps")
-    for name in names:
-        recovery.find(name)
-    return tuple(names)
-
-
-def _possible(wanted: Sequence[str], samples: Samples | None) -> tuple[str, ...]:
-    """The steps that run with these samples, or without any."""
-    if tuple(wanted) == ("auto",):
-        return AUTO if samples else ()
-    if wanted and samples is None:
-        raise UsageError(f"--recover {','.join(wanted)} needs --data to fit on: these inputs cannot be made up")
-    return tuple(wanted)
 
 
 def gather(

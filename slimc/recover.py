@@ -9,7 +9,7 @@ outputs can come nearer on the whole where the largest ones, which choose the cl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from .errors import UsageError
 from .graph.capture import Example
 from .graph.infer import Types
 from .graph.resize import Cut
@@ -74,6 +75,35 @@ def step(name: str, summary: str, source: str) -> Callable[[Run], Run]:
         return function
 
     return register
+
+
+AUTO = ("reconstruct", "bn", "distill")
+"""What `--recover auto` tries, in order; each is kept only where it helps."""
+
+
+def asked(wanted: str | Sequence[str]) -> tuple[str, ...]:
+    """The recovery steps that are asked for; ("auto",) stands for itself."""
+    if not isinstance(wanted, (str, Sequence)):
+        raise UsageError(f"recover is {wanted!r}; wanted auto, none or a list of steps")
+    names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+    if names in (["none"], []):
+        return ()
+    if names == ["auto"]:
+        return ("auto",)
+    if alone := [name for name in names if name in ("auto", "none")]:
+        raise UsageError(f"--recover {','.join(names)}: {alone[0]} stands alone; give it, or a list of steps")
+    for name in names:
+        find(name)
+    return tuple(names)
+
+
+def possible(wanted: Sequence[str], samples: Samples | None) -> tuple[str, ...]:
+    """The steps that run with these samples, or without any."""
+    if tuple(wanted) == ("auto",):
+        return AUTO if samples else ()
+    if wanted and samples is None:
+        raise UsageError(f"--recover {','.join(wanted)} needs --data to fit on: these inputs cannot be made up")
+    return tuple(wanted)
 
 
 @dataclass(frozen=True)

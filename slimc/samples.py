@@ -18,6 +18,7 @@ _AFFORDABLE = 1.7e12
 _FEWEST = 32
 _MADE_UP = 5e11
 _FEWEST_MADE_UP = 20
+_ROUNDING = 1e-9
 _TARGETS = ("labels", "label", "targets", "target")
 
 
@@ -51,18 +52,20 @@ class Batch:
         return self.map(lambda t: t[rows] if t.dim() and len(t) == self.count else t)
 
     @staticmethod
-    def joined(batches: Sequence[Batch]) -> Batch:
-        """One batch of the inputs of several; targets are left out."""
-        first, *others = batches
-        if not others:
-            return first
-        rest = [iter(other.example.tensors()) for other in others]
+    def joined(batches: Sequence[Batch], like: Example) -> Batch:
+        """One batch of the inputs of several; targets are left out.
 
-        def longer(tensor: Tensor) -> Tensor:
-            parts = [tensor, *(next(own) for own in rest)]
-            return torch.cat(parts) if tensor.dim() and len(tensor) == first.count else tensor
-
-        return Batch(first.example.map(longer))
+        like: an example of the inputs, which tells those that have an entry for each sample.
+        """
+        given = like.tensors()
+        parts = zip(*(batch.example.tensors() for batch in batches), strict=True)
+        joined = iter(
+            [
+                torch.cat(own) if wanted.dim() and len(wanted) == len(given[0]) else own[0]
+                for wanted, own in zip(given, parts, strict=True)
+            ]
+        )
+        return Batch(batches[0].example.map(lambda _: next(joined)))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor of inputs and targets changed."""
@@ -116,7 +119,7 @@ class Samples:
         source = f"{self.count} samples of {self.source} and {others.count} {others.source}"
         return replace(self, batches=(*self.batches, *others.batches), source=source)
 
-    def joined(self, least: int) -> Samples:
+    def joined(self, least: int, like: Example) -> Samples:
         """The same samples in batches of at least `least`, as far as there are so many and batches may be joined."""
         if self.whole:
             return self
@@ -125,10 +128,10 @@ class Samples:
         for batch in self.batches:
             waiting.append(batch)
             if sum(one.count for one in waiting) >= least:
-                found.append(Batch.joined(waiting))
+                found.append(Batch.joined(waiting, like))
                 waiting = []
         if waiting:
-            found = [*found[:-1], Batch.joined([*found[-1:], *waiting])]
+            found = [*found[:-1], Batch.joined([*found[-1:], *waiting], like)]
         return replace(self, batches=tuple(found))
 
     def split(self, share: float) -> tuple[Samples, Samples]:
@@ -142,27 +145,32 @@ class Samples:
             raise UsageError(f"{self.source} gave {pieces} {what}; at least 2 are needed, better a few hundred samples")
         fit: list[Batch] = []
         judge: list[Batch] = []
-        if self.whole or all(batch.count == 1 for batch in self.batches):
+        if self.whole:
             every = max(2, round(1 / share))
             for number, batch in enumerate(self.batches):
                 (judge if number % every == every - 1 or number == len(self.batches) - 1 else fit).append(batch)
             return replace(self, batches=tuple(fit)), replace(self, batches=tuple(judge))
-        owed = 0.0  # of batches too small to give one each
-        for number, batch in enumerate(self.batches):
-            if batch.count * share >= 1:
-                held = round(batch.count * share)
-            else:
-                owed += batch.count * share
-                held = int(owed + 1e-9)
-                owed -= held
-            if number == len(self.batches) - 1 and not judge:
-                held = max(1, held)
-            held = min(held, batch.count - (not fit))
-            if held < batch.count:
-                fit.append(batch[: batch.count - held])
-            if held:
-                judge.append(batch[batch.count - held :])
+        for batch, held in zip(self.batches, set_apart([b.count for b in self.batches], share), strict=True):
+            left = batch.count - held if fit else max(1, batch.count - held)
+            if left:
+                fit.append(batch[:left])
+            if left < batch.count:
+                judge.append(batch[left:])
         return replace(self, batches=tuple(fit)), replace(self, batches=tuple(judge))
+
+
+def set_apart(sizes: Sequence[int], share: float) -> list[int]:
+    """How many of the last samples of each batch to judge by: a share of it, or of small batches all together."""
+    found, seen = [], 0
+    for size in sizes:
+        if size * share >= 1:
+            found.append(round(size * share))
+        else:
+            found.append(int((seen + size) * share + _ROUNDING) - int(seen * share + _ROUNDING))
+            seen += size
+    if not any(found):
+        found[-1] = 1
+    return found
 
 
 def affordable(work: float) -> int:

@@ -16,8 +16,7 @@ import slimc
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
 from slimc.recovery.distill import _moved, _rectangles, _varied
-from slimc.recovery.reconstruct import set_apart
-from slimc.samples import Batch, Samples
+from slimc.samples import Batch, Samples, set_apart
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +258,12 @@ def test_a_few_samples_are_set_aside_of_small_batches_together() -> None:
     assert sum(sizes(*[2] * 20)[1]) == 8
     assert sum(sizes(*[4] * 10, 1)[1]) == 8
     assert sizes(3) == ([2], [1])
+    assert sizes(1, 1) == ([1], [1])
+    assert sum(sizes(*[1] * 20)[1]) == 4
     assert sizes(10, 1) == ([8, 1], [2])
-    assert set_apart([13, 64, 5]) == [3, 13, 1]
-    assert sum(set_apart([1] * 30)) == sum(set_apart([2] * 15)) == 6
-    assert set_apart([1, 2]) == [0, 1]
+    assert set_apart([13, 64, 5], 0.2) == [3, 13, 1]
+    assert sum(set_apart([1] * 30, 0.2)) == sum(set_apart([2] * 15, 0.2)) == 6
+    assert set_apart([1, 2], 0.2) == [0, 1]
 
 
 def test_a_step_is_judged_also_by_a_single_sample() -> None:
@@ -272,3 +273,19 @@ def test_a_step_is_judged_also_by_a_single_sample() -> None:
     (step,) = slim.report.recovery
     assert step.before is not None
     assert step.before > 1e-3
+
+
+def test_an_input_that_all_samples_share_is_not_joined() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.b = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.b(torch.relu(self.n(self.a(x)))) * scale  # type: ignore[no-any-return]
+
+    whole, scale = noise(32, 8, seed=3), torch.tensor([2.0])
+    example = (noise(2, 8), scale)
+    together = reestimated(seeded(Scaled), example, [(whole, scale)], flops=0.6).module.state_dict()
+    apart = reestimated(seeded(Scaled), example, [(x[None], scale) for x in whole], flops=0.6).module.state_dict()
+    torch.testing.assert_close(apart["n.running_mean"], together["n.running_mean"])

@@ -297,6 +297,26 @@ def test_nisp_passes_importance_to_both_sides_of_a_difference_however_it_is_writ
             np.testing.assert_allclose(other[name], own)
 
 
+def test_nisp_counts_a_value_that_is_added_to_itself_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimc.scorers.nisp.importance", lambda features: torch.ones(features.shape[1]).double())
+
+    class Doubled(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.a, self.b, self.how = nn.Linear(4, 6), nn.Linear(6, 3), how
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x + x if self.how == "sum" else 2 * x + 1)  # type: ignore[no-any-return]
+
+    found = []
+    for how in ("sum", "factor"):
+        torch.manual_seed(0)
+        found.append(score("nisp", Doubled(how).double().eval(), [torch.randn(8, 4).double()]))
+    for name, own in found[0].items():
+        np.testing.assert_allclose(found[1][name], own)
+
+
 def test_obs_of_a_model_with_one_output_does_not_depend_on_batches() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 1)).double().eval()

@@ -93,7 +93,7 @@ def reestimate(task: Task) -> str:
         return "the model has no batch norm with running statistics: nothing to re-estimate"
     measuring = _Measuring(module)
     with torch.no_grad():
-        for example in task.samples.joined(_LEAST).examples():
+        for example in task.samples.joined(_LEAST, task.types.captured.example).examples():
             leaves = pytree.tree_leaves((example.args, example.kwargs))
             measuring.run(
                 *[leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], enable_io_processing=False

@@ -14,7 +14,7 @@ section 3.3 for residual sums; the penalty towards the present weights and its c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from slimc.readers import Reader, readers
 from slimc.recover import Task, step
 from slimc.recovery.tails import tail_of
 from slimc.regression import Fit, Moments, choose
+from slimc.samples import set_apart
 
 ROWS = 40_000
 _ROWS_PER_INPUT = 10
@@ -125,7 +126,7 @@ def _fit(
     share = min(1.0, wanted / sum(counts))
     fitted, judged = (Moments(groups, inputs, outputs, matrix.device) for _ in range(2))
     wide = torch.float64
-    apart = set_apart([len(value) for value in before.of(old)])
+    apart = set_apart([len(value) for value in before.of(old)], _JUDGED)
     for number, (value, source) in enumerate(zip(before.of(old), after.of(reader.source), strict=True)):
         target = task.cut.select(value, axes)
         spatial = target.shape[2:]
@@ -156,20 +157,6 @@ def _fit(
     reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
     if tail.offset is not None:
         tail.offset(fit.offset.flatten())
-
-
-def set_apart(sizes: Sequence[int]) -> list[int]:
-    """How many of the last samples of each batch a fit is judged by: a fifth, of small batches all together."""
-    found, seen = [], 0
-    for size in sizes:
-        if size * _JUDGED >= 1:
-            found.append(round(size * _JUDGED))
-        else:
-            found.append(int((seen + size) * _JUDGED) - int(seen * _JUDGED))
-            seen += size
-    if not any(found):
-        found[-1] = 1
-    return found
 
 
 def _rows(groups: int, inputs: int) -> int:

@@ -16,27 +16,23 @@ norms tell that training showed more of a reader's inputs than the samples do, H
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
-from torch.utils import _pytree as pytree
+from torch.fx import Node
 
 from slimc.as_trained import moments_as_trained, overlap
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
 from slimc.graph.infer import attribute
-from slimc.graph.rule import operator_name
 from slimc.graph.terms import Terms
-from slimc.lockstep import Frontier, sweep, trainable_at_once
+from slimc.lockstep import Frontier, sweep
 from slimc.readers import Reader, readers
-from slimc.samples import Samples
 from slimc.scores import Scores, Subject, scorer
+from slimc.sensitivities import sensitivities
 
 _RIDGE = 1e-3
 _ROWS_PER_INPUT = 4
@@ -47,11 +43,6 @@ _EXACT = 640
 """Inputs of a convolution beyond which its taps are taken for independent."""
 _WIDEST = 6_144
 """Inputs of a reader beyond which its second moments would take too much memory; it then says nothing."""
-_PROBES = 1
-_PROBED = 64
-"""Samples whose gradients are taken."""
-_TELLING = 256
-"""Numbers of an output that tell its deviation; where a batch has fewer, that over all batches counts."""
 
 
 @scorer(
@@ -70,7 +61,7 @@ def obs(subject: Subject) -> list[Scores]:
     module = subject.types.captured.module
     found = {node: reader for node, reader in readers(module).items() if _channels(subject, reader) is not None}
     unread = _unread(subject, found)
-    sensitivity, gates = _sensitivities(subject, set(found), set(unread.values()))
+    sensitivity, gates = sensitivities(subject, set(found), set(unread.values()))
     total = np.zeros(subject.types.solution.variables + 1)
     for number, (node, position) in unread.items():
         rows = subject.types.solution.factors(subject.types.values[node][position])
@@ -138,110 +129,6 @@ def _unread(subject: Subject, found: dict[Node, Reader]) -> dict[int, tuple[Node
                 if number in left:
                     places[number] = (node, position)
     return places
-
-
-class _Probing(Interpreter):
-    """Runs a graph and keeps the results of some nodes as they were before anything wrote into them."""
-
-    def __init__(self, module: torch.fx.GraphModule, wanted: set[Node]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.caught: dict[Node, Tensor] = {}
-
-    def run_node(self, n: Node) -> Any:
-        """A wanted result is caught and a copy goes on."""
-        value = super().run_node(n)
-        if n not in self.wanted:
-            return value
-        self.caught[n] = value if value.requires_grad else value.requires_grad_()
-        return value.clone()
-
-    def results(self, example: Example) -> list[Tensor]:
-        """The output tensors."""
-        leaves = pytree.tree_leaves((example.args, example.kwargs))
-        copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        found = self.run(*copies, enable_io_processing=False)
-        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
-
-
-def _sensitivities(
-    subject: Subject, read: set[Node], gated: set[tuple[Node, int]]
-) -> tuple[dict[Node, Tensor], dict[tuple[Node, int], Scores]]:
-    """How much random combinations of the model's outputs move.
-
-    Per reader: the expected squared derivative by each of its outputs, summed over places. Per gated node and axis:
-    the expected squared derivative by a gate on each index of the axis.
-    """
-    assert subject.samples is not None
-    generator = torch.Generator().manual_seed(subject.seed + 1)
-    slopes_of = {node: torch.zeros(()) for node in read}
-    gates_of = {place: np.zeros(len(subject.types.values[place[0]][place[1]])) for place in gated}
-    seen = 0
-    # Half of what fits: slopes take as much again as the values that they belong to.
-    pieces = list(_probed(subject.samples, max(1, trainable_at_once(subject.types.captured.module) // 2)))
-    spreads: list[Tensor] = []
-    for example in pieces:
-        with torch.enable_grad():
-            probing = _Probing(subject.types.captured.module, {*read, *(node for node, _ in gated)})
-            results = probing.results(example)
-            if not spreads and any(own.numel() < _TELLING for own in results):
-                spreads = _spreads(subject, pieces)
-            pairs = zip(results, spreads or itertools.repeat(None), strict=False)
-            outputs = [(result, spread) for result, spread in pairs if result.requires_grad]
-            for probe in range(_PROBES if outputs else 0):
-                total = torch.stack([_combination(output, spread, generator) for output, spread in outputs]).sum()
-                values = list(probing.caught.values())
-                slopes = torch.autograd.grad(total, values, retain_graph=probe + 1 < _PROBES, allow_unused=True)
-                slope_of = dict(zip(probing.caught, slopes, strict=True))
-                for node in read:
-                    if (slope := slope_of[node]) is not None:
-                        channel = 1 if operator_name(node).startswith("conv") else slope.dim() - 1
-                        slopes_of[node] = slopes_of[node] + slope.double().square().movedim(channel, -1).flatten(
-                            0, -2
-                        ).sum(0)
-                for node, axis in gated:
-                    if (slope := slope_of[node]) is not None:
-                        products = (probing.caught[node].detach() * slope).double().movedim(axis, -1)
-                        # A derivative for each sample, so that samples do not cancel out.
-                        first = len(products) if axis and products.dim() > 1 else 1
-                        squares = products.reshape(first, -1, products.shape[-1]).sum(1).square().sum(0)
-                        gates_of[node, axis] += squares.cpu().numpy()
-        seen += len(example.tensors()[0])
-    count = seen * _PROBES
-    return (
-        {node: value / count for node, value in slopes_of.items()},
-        {place: value / count for place, value in gates_of.items()},
-    )
-
-
-def _probed(samples: Samples, most: int) -> Iterator[Example]:
-    """The first samples, enough for sensitivities, in pieces of at most `most`."""
-    seen = 0
-    for example in samples.pieces(most):
-        if seen >= _PROBED:
-            return
-        yield example
-        seen += len(example.tensors()[0])
-
-
-@torch.no_grad()
-def _spreads(subject: Subject, pieces: Sequence[Example]) -> list[Tensor]:
-    """The deviation of each output over all pieces; 1 where there is but one number."""
-    found = [_Probing(subject.types.captured.module, set()).results(example) for example in pieces]
-    whole = [torch.cat([own.flatten() for own in outputs]) for outputs in zip(*found, strict=True)]
-    return [own.std() if own.is_floating_point() and own.numel() > 1 else torch.ones(()) for own in whole]
-
-
-def _combination(output: Tensor, pooled: Tensor | None, generator: torch.Generator) -> Tensor:
-    """A random combination of one output's numbers, each in units of the output's own deviation.
-
-    pooled: the deviation over other samples too, for outputs of few numbers.
-    """
-    noise = torch.randn(output.shape, generator=generator).to(output)
-    spread = output.detach().std() if pooled is None or output.numel() >= _TELLING else pooled
-    per_sample = max(1, output.numel() // max(1, len(output)) if output.dim() else 1)
-    combined: Tensor = (output * noise).sum() / (spread.clamp_min(1e-12) * per_sample**0.5)
-    return combined
 
 
 def _per_row(sensitivity: Tensor, matrix: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def _check_data(
 
 
 def _mending(wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[str, ...]:
-    steps = compiler.recover_steps(wanted)
+    steps = recover.asked(wanted)
     if steps == ("auto",):
         return MEND if data is not None else ()
     if steps and data is None:
