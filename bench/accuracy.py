@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import itertools
 import json
 import time
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import slimc
 from bench import peer_cut
@@ -37,8 +38,7 @@ def measure(
     network: str, seed: int, scorer: str, budget: float, samples: int, recover: str, finetune: bool, data: Fashion
 ) -> dict[str, Any]:
     """One row: a network cut to a share of its FLOPs by one scorer, and what became of its accuracy."""
-    model = trained(network, seed, data)
-    before = accuracy(model, data)
+    model, before = original(network, seed, data)
     started = time.perf_counter()
     batches = calibration(data, samples, seed)
     options: dict[str, Any] = {
@@ -78,6 +78,13 @@ def measure(
         "seconds": round(seconds, 1), "threads": torch.get_num_threads(),
         "machine": processor(), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
+
+
+@functools.cache
+def original(network: str, seed: int, data: Fashion) -> tuple[nn.Module, float]:
+    """The trained network, which no cut changes, and its accuracy."""
+    model = trained(network, seed, data)
+    return model, accuracy(model, data)
 
 
 def calibration(data: Fashion, samples: int, seed: int) -> list[tuple[Tensor, Tensor]] | None:
