@@ -62,8 +62,8 @@ class Model:
         self._steps = int(self._death.max(initial=0)) + 2
         self._unused_params, self._unused_bytes = _unused(types)
 
-    def __call__(self, widths: Widths) -> Costs:
-        """Costs at these widths, one per group."""
+    def __call__(self, widths: Widths | npt.NDArray[np.float64]) -> Costs:
+        """Costs at these widths, one per group, whole or not."""
         sizes = self.sizes(widths)
         alive = self._values(sizes)
         born = np.bincount(self._birth, alive, self._steps)
@@ -75,7 +75,27 @@ class Model:
             memory=float(np.cumsum(born - dead).max()) / self._batch,
         )
 
-    def sizes(self, widths: Widths) -> npt.NDArray[np.float64]:
+    def slopes(self, widths: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
+        """The derivative of each cost by the logarithm of each width, [groups] by the names of `Costs`.
+
+        Costs are sums of products of widths, with no minus: convex in the logarithms. What `memory` gives is the slope
+        of the moment that takes most. widths: whole or not.
+        """
+        sizes, count = self.sizes(widths), len(widths)
+        moved = np.zeros((self._count, count))
+        np.add.at(moved, self._axis, self._monomials.slopes(widths, np.diag(widths)))
+        alive = self._values(sizes)
+        born, dead = (np.bincount(moment, alive, self._steps) for moment in (self._birth, self._death + 1))
+        most = int(np.cumsum(born - dead).argmax())
+        then = (self._birth <= most) & (most <= self._death)
+        return {
+            "macs": self._macs.slopes(sizes, moved).sum(0) / self._batch,
+            "params": self._params.slopes(sizes, moved).sum(0),
+            "size": self._bytes.slopes(sizes, moved).sum(0),
+            "memory": self._values.slopes(sizes, moved)[then].sum(0) / self._batch,
+        }
+
+    def sizes(self, widths: Widths | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The size of every distinct axis."""
         return np.bincount(self._axis, self._monomials(widths.astype(np.float64)), self._count).astype(np.float64)
 
@@ -96,6 +116,15 @@ class _Products:
         for factor in self._chosen:
             result = result * extended[factor]
         return result
+
+    def slopes(self, sizes: npt.NDArray[np.float64], moved: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """What every entry moves where the sizes move by moved, [sizes, directions]; [entries, directions]."""
+        inverse = np.divide(1, sizes, out=np.zeros(len(sizes)), where=sizes > 0)
+        relative = np.vstack([moved * inverse[:, None], np.zeros((1, moved.shape[1]))])
+        shares = np.zeros((len(self._constant), moved.shape[1]))
+        for factor in self._chosen:
+            shares += relative[factor]
+        return self(sizes)[:, None] * shares
 
 
 def _unused(types: Types) -> tuple[int, int]:

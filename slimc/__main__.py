@@ -32,6 +32,10 @@ def main() -> NoReturn:
         # torch's remarks about itself; what users should know is in the report.
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
+    if "--json" in sys.argv and sys.stdout is not None and sys.stderr is not None:
+        # Libraries print on the process's own stdout (HiGHS does); the result stands there alone.
+        sys.stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
+        os.dup2(sys.stderr.fileno(), 1)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 has no arrows

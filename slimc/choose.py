@@ -161,9 +161,9 @@ def _exactly(
     # What goes last in the ranking goes only where the ranking had to take it.
     least = np.minimum(planner.last_to_go(analysis.grouping), greedy.widths)
     search.smallest = np.maximum(search.smallest, least)
-    widths = exact.improve(search, greedy.widths)
-    before, after = (exact.share_kept(search, own) for own in (greedy.widths, widths))
-    return search.result(widths), Selection("exact", before, after)
+    found = exact.improve(search, analysis.cost, greedy.widths)
+    selection = Selection("exact", found.started, found.kept, found.bound)
+    return search.result(found.widths), selection
 
 
 def _fitted(analysis: Analysis, cut: Cut, subject: Subject, samples: Samples) -> Subject:

@@ -79,7 +79,7 @@ def compress(
     and targets, gives a mean over samples; cross entropy if not given. schedule, epochs, val: train while cutting, on
     `data` with labels; see `slimc.schedule`, which also takes the methods' settings. normalise: how groups are made
     comparable ("mean", "max", "l2", "cost", "isomorphic", "none"; "auto" is what suits the scorer). select:
-    "greedy", by one ranking, or "exact", whose widths integer programming improves until it finds no better ones.
+    "greedy", by one ranking, or "exact", whose widths integer programming proves to be the best or near them.
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     if schedule != "one-shot" or epochs is not None:

@@ -36,6 +36,6 @@ Memory = Annotated[str | None, typer.Option(help="peak bytes of activations that
 Scorer = Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")]
 Norm = Annotated[str, typer.Option(help="l1 or l2, for magnitude; l1 chooses it")]
 Normalise = Annotated[str, typer.Option(help="how groups are made comparable: mean, max, l2, cost, isomorphic, none; auto: what suits the scorer")]  # fmt: skip  # noqa: E501
-Select = Annotated[str, typer.Option(help="greedy: by one ranking; exact: integer programming improves its widths (slower)")]  # fmt: skip  # noqa: E501
+Select = Annotated[str, typer.Option(help="greedy: by one ranking; exact: the best widths by integer programming (up to 30 s)")]  # fmt: skip  # noqa: E501
 Ignore = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="modules or parameters to leave whole")]
 RoundTo = Annotated[str, typer.Option(help="widths become multiples of N; auto: what this machine likes; 1: any")]

@@ -185,16 +185,25 @@ class RecoveryStep:
 
 @dataclass(frozen=True)
 class Selection:
-    """How much of all channels' scores stays: by the greedy ranking, and by the selection that was used."""
+    """What share of all channels' scores stays: by the greedy ranking, and by the selection that was used.
+
+    bound: no choice of widths within the targets keeps more.
+    """
 
     method: str
     greedy: float
     kept: float
+    bound: float
+
+    @property
+    def won(self) -> float:
+        """By what share of what is kept the greedy ranking falls short of it."""
+        return 1 - self.greedy / self.kept if self.kept else 0.0
 
     @property
     def gap(self) -> float:
-        """By how much of the score that was kept the greedy ranking falls short."""
-        return 1 - self.greedy / self.kept if self.kept else 0.0
+        """By what share of the bound that which is kept may fall short of the best."""
+        return 1 - self.kept / self.bound if self.bound else 0.0
 
 
 @dataclass(frozen=True)
