@@ -109,6 +109,17 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 # -- what works ---------------------------------------------------------------------------------------
 
 
+def test_what_libraries_print_does_not_stand_beside_json(home: Path) -> None:
+    (home / "noisy.py").write_text(
+        "import ctypes\nfrom torch import nn\n\n\ndef make():\n"
+        "    ctypes.CDLL(None).printf(b'a library speaks\\n')\n    return nn.Linear(2, 3)\n"
+    )
+    done = run(home, "inspect", "noisy:make", "--input", "1x2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    assert "a library speaks" in done.stderr
+
+
 def test_json_is_one_document_on_stdout_and_the_report(result: tuple[Path, Any]) -> None:
     out, done = result
     assert done.returncode == 0, done.stderr
