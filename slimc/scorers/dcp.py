@@ -1,11 +1,11 @@
 """Discrimination-aware channel pruning: greedily pick the input channels with the largest gradient.
 
 Source: Zhuang et al., "Discrimination-aware Channel Pruning for Deep Neural Networks" (NeurIPS 2018). A layer starts
-with no input channel; the one with the largest gradient of reconstruction error plus cross entropy comes in with its
-trained weights, and so on. As a scorer it keeps to one backward pass: the network's own head stands for the paper's
-auxiliary heads, the cross entropy is taken linear around the trained network, picked weights are not optimised between
-picks, and groups of more than 64 channels pick several at a time. The gradient of the reconstruction error is exact and
-follows the picks. The schedule `dcp` trains the heads and takes the gradient of their losses.
+with no input channel; the one with the largest ||dL/dW_k||, L the reconstruction error plus the cross entropy, comes in
+with its trained weights, and so on. As a scorer it keeps to one backward pass: the network's own head stands for the
+paper's auxiliary heads, the cross entropy is taken linear around the trained network, picked weights are not optimised
+between picks, and groups of more than 64 channels pick several at a time. The gradient of the reconstruction error is
+exact and follows the picks. The schedule `dcp` trains the heads and takes the gradient of their losses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """NISP: importance of the final responses, carried back through the network by absolute weights.
 
-Source: Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation" (CVPR 2018), with Inf-FS (Roffo et
-al., "Infinite Feature Selection", ICCV 2015) to rank the final responses.
+Source: Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation" (CVPR 2018): s_k = |W_(k+1)|^T
+s_(k+1) from layer to layer, with Inf-FS (Roffo et al., "Infinite Feature Selection", ICCV 2015) to rank the final
+responses.
 """
 
 from __future__ import annotations
