@@ -162,7 +162,11 @@ class _Knapsack:
             freed = np.zeros(len(left))
             for metric, limit in self._search.limits.items():
                 if getattr(here, METRIC[metric]) > limit:
-                    freed += slopes[METRIC[metric]] / max(limit, 1.0) * np.log(left / np.maximum(fewer, 0.5))
+                    freed += (
+                        slopes[METRIC[metric]]
+                        / max(limit, 1.0)
+                        * np.log(np.maximum(left, 0.5) / np.maximum(fewer, 0.5))
+                    )
             number = int(np.where(freed > 0, lost / np.maximum(freed, 1e-300), np.inf).argmin())
             places[number] -= 1
             left[number] = fewer[number]

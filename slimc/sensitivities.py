@@ -7,14 +7,13 @@ squares are what a small error there does to the outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
+from torch.fx import GraphModule, Node
 
+from .catching import Catching
 from .graph.capture import Example
 from .graph.rule import operator_name
 from .lockstep import trainable_at_once
@@ -25,30 +24,6 @@ PROBED = 64
 """Samples whose gradients are taken."""
 _TELLING = 256
 """Numbers of an output that tell its deviation; where a batch has fewer, that over all batches counts."""
-
-
-class _Probing(Interpreter):
-    """Runs a graph and keeps the results of some nodes as they were before anything wrote into them."""
-
-    def __init__(self, module: GraphModule, wanted: set[Node]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.caught: dict[Node, Tensor] = {}
-
-    def run_node(self, n: Node) -> Any:
-        """A wanted result is caught and a copy goes on."""
-        value = super().run_node(n)
-        if n not in self.wanted:
-            return value
-        self.caught[n] = value if value.requires_grad else value.requires_grad_()
-        return value.clone()
-
-    def results(self, example: Example) -> list[Tensor]:
-        """The output tensors."""
-        leaves = pytree.tree_leaves((example.args, example.kwargs))
-        copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        found = self.run(*copies, enable_io_processing=False)
-        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
 def sensitivities(
@@ -71,7 +46,7 @@ def sensitivities(
     for example in pieces:
         seen += len(example.tensors()[0])
         with torch.enable_grad():
-            probing = _Probing(module, {*read, *(node for node, _ in gated)})
+            probing = Catching(module, {*read, *(node for node, _ in gated)}, slopes=True)
             results = probing.results(example)
             if not pooled and any(own.numel() < _TELLING for own in results):
                 pooled = _spreads(module, pieces)
@@ -115,7 +90,7 @@ def _probed(samples: Samples, most: int) -> Iterator[Example]:
 @torch.no_grad()
 def _spreads(module: GraphModule, pieces: Sequence[Example]) -> list[Tensor]:
     """The deviation of each output over all pieces; 1 where there is but one number."""
-    found = [_Probing(module, set()).results(example) for example in pieces]
+    found = [Catching(module, set()).results(example) for example in pieces]
     whole = [torch.cat([own.flatten() for own in outputs]) for outputs in zip(*found, strict=True)]
     return [own.std() if own.is_floating_point() and own.numel() > 1 else torch.ones(()) for own in whole]
 

@@ -13,14 +13,13 @@ move is in `optimiser`.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Node
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
+from slimc.catching import Catching
 from slimc.graph.capture import Example
 from slimc.graph.infer import tensors_of
 from slimc.lockstep import trainable_at_once
@@ -111,33 +110,9 @@ def _inner(task: Task) -> dict[Node, Node]:
     return {node: task.twins[node] for node in last.values()}
 
 
-class _Catching(Interpreter):
-    """Runs a graph and keeps some results as they were before anything wrote into them."""
-
-    def __init__(self, module: GraphModule, wanted: set[Node]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.caught: dict[Node, Tensor] = {}
-
-    def run_node(self, n: Node) -> Any:
-        """A wanted result is caught and a copy goes on."""
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.caught[n] = value
-            return value.clone()
-        return value
-
-    def results(self, example: Example) -> list[Tensor]:
-        """The output tensors."""
-        leaves = pytree.tree_leaves((example.args, example.kwargs))
-        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        found = self.run(*copies, enable_io_processing=False)
-        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def _loss(task: Task, example: Example, wanted: dict[Node, Node]) -> Tensor:
     """Relative squared error of the outputs, plus that of the inner values on average."""
-    teacher, student = _Catching(task.original, set(wanted)), _Catching(task.slim, set(wanted.values()))
+    teacher, student = Catching(task.original, set(wanted)), Catching(task.slim, set(wanted.values()))
     with torch.no_grad():
         goals = teacher.results(example)
     with Guard():
