@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,22 +12,23 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Tried penalties, as shares of the mean diagonal of the normal equations."""
 _WIDE = 256
+_PIECE = 4096
 
 
 class Moments:
-    """Sums over rows that a regression from inputs x to residuals r needs.
+    """Rows of inputs x and residuals r of a regression: as they are while they are few, as sums of products after that.
 
-    count: rows. x: [groups, inputs], r: [groups, outputs] sums; xx: [groups, inputs, inputs],
-    xr: [groups, inputs, outputs] sums of products; rr: [groups, outputs] sums of squares; all float64.
+    count: rows. x: [groups, inputs], r: [groups, outputs] sums; rr: [groups, outputs] sums of squares; in float64.
+    With fewer rows than inputs, which need not fit in memory squared, the rows themselves are kept.
     """
 
     def __init__(self, groups: int, inputs: int, outputs: int, device: torch.device) -> None:
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(groups, *size, dtype=torch.float64, device=device)
-
         self.count = 0
-        self.x, self.r, self.rr = zeros(inputs), zeros(outputs), zeros(outputs)
-        self.xx, self.xr = zeros(inputs, inputs), zeros(inputs, outputs)
+        self.x, self.r, self.rr = (
+            torch.zeros(groups, size, dtype=torch.float64, device=device) for size in (inputs, outputs, outputs)
+        )
+        self._products: tuple[Tensor, Tensor] | None = None
+        self._rows: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Add rows: x [groups, rows, inputs], r [groups, rows, outputs]."""
@@ -35,54 +38,108 @@ class Moments:
         self.count += x.shape[1]
         self.x += x.sum(1, dtype=torch.float64)
         self.r += r.sum(1, dtype=torch.float64)
-        self.xx += x.transpose(1, 2) @ x
-        self.xr += x.transpose(1, 2) @ r
         self.rr += r.square().sum(1, dtype=torch.float64)
+        self._keep([(x, r)])
+
+    def _keep(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._rows.extend(rows)
+        if sum(x.shape[1] for x, _ in self._rows) >= self.x.shape[1]:
+            self.products()
+
+    def few(self) -> tuple[Tensor, Tensor] | None:
+        """x [groups, rows, inputs] and r [groups, rows, outputs] of all rows, if they are fewer than the inputs."""
+        if self._products is not None or not self._rows:
+            return None
+        if len(self._rows) > 1:
+            self._rows = [(torch.cat([x for x, _ in self._rows], 1), torch.cat([r for _, r in self._rows], 1))]
+        return self._rows[0]
+
+    def products(self) -> tuple[Tensor, Tensor]:
+        """xx [groups, inputs, inputs] and xr [groups, inputs, outputs], sums of products over all rows, in float64."""
+        if self._products is None:
+            (groups, inputs), outputs = self.x.shape, self.r.shape[1]
+            self._products = self.x.new_zeros(groups, inputs, inputs), self.x.new_zeros(groups, inputs, outputs)
+        if self._rows:
+            x, r = (torch.cat(parts, 1) for parts in zip(*self._rows, strict=True))
+            self._rows = []
+            self._products[0].add_(x.mT @ x)
+            self._products[1].add_(x.mT @ r)
+        return self._products
 
     def merge(self, other: Moments) -> Moments:
         """Both sets of rows together."""
-        both = Moments.__new__(Moments)
+        (groups, inputs), outputs = self.x.shape, self.r.shape[1]
+        both = Moments(groups, inputs, outputs, self.x.device)
         both.count = self.count + other.count
-        for name in ("x", "r", "rr", "xx", "xr"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
+        both.x, both.r, both.rr = self.x + other.x, self.r + other.r, self.rr + other.rr
+        kept = [part._products for part in (self, other) if part._products is not None]
+        if kept:
+            xx, xr = zip(*kept, strict=True)
+            both._products = sum(xx[1:], xx[0].clone()), sum(xr[1:], xr[0].clone())
+        both._keep([*self._rows, *other._rows])
         return both
 
     def error(self, fit: Fit) -> Tensor:
         """Sum of squares that a fit leaves, [groups, outputs]."""
         change, offset = fit.change, fit.offset
-        explained = 2 * (change * self.xr).sum(1) - (change * (self.xx @ change)).sum(1)
+        if change is None:
+            return (self.rr - offset * (2 * self.r - self.count * offset)).clamp_min(0)
+        if (rows := self.few()) is not None:
+            x, r = rows
+            left = r - x @ change.to(x.dtype) - offset[:, None].to(x.dtype)
+            return left.square().sum(1, dtype=torch.float64)
+        xx, xr = self.products()
+        explained = 2 * (change * xr).sum(1) - (change * (xx @ change)).sum(1)
         shift = offset * (2 * self.r - 2 * (change * self.x[:, :, None]).sum(1) - self.count * offset)
         return (self.rr - explained - shift).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """r is near x @ change + offset: change [groups, inputs, outputs], offset [groups, outputs], both float64."""
+    """r is near x @ change + offset: change [groups, inputs, outputs], None for no change; offset [groups, outputs]."""
 
-    change: Tensor
+    change: Tensor | None
     offset: Tensor
     ridge: float | None
 
 
-def ridge(moments: Moments, strength: float, offset: bool) -> Fit:
-    """The change that makes sum (r - x change - offset)^2 + penalty * change^2 smallest.
+def ridges(moments: Moments, strengths: Iterable[float], offset: bool) -> Iterator[Fit]:
+    """For each strength the change that makes sum (r - x change - offset)^2 + penalty * change^2 smallest.
 
-    penalty: `strength` times the mean diagonal of the (centred) second moments of x.
+    penalty: the strength times the mean diagonal of the (centred) second moments of x. Of fewer rows than inputs
+    the change is x' a with (x x' + penalty) a = r, the same by the push-through identity.
     """
     mean_x, mean_r = moments.x / moments.count, moments.r / moments.count
-    xx, xr = moments.xx, moments.xr
-    if offset:
-        xx = xx - moments.count * mean_x[:, :, None] * mean_x[:, None, :]
-        xr = xr - moments.count * mean_x[:, :, None] * mean_r[:, None, :]
-    scale = xx.diagonal(dim1=1, dim2=2).mean(1)
-    penalty = strength * torch.where(scale > 0, scale, torch.ones_like(scale))
-    system = xx + torch.diag_embed(penalty[:, None].expand(-1, xx.shape[1]))
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if bool(failed.any()):
-        return none(moments)
-    change = torch.cholesky_solve(xr, factor)
-    shift = mean_r - (change * mean_x[:, :, None]).sum(1) if offset else torch.zeros_like(mean_r)
-    return Fit(change, shift, strength)
+    inputs = mean_x.shape[1]
+    rows = moments.few()
+    if rows is not None:
+        x, right = rows
+        if offset:
+            x, right = x - mean_x[:, None].to(x), right - mean_r[:, None].to(right)
+        parts = x.split_with_sizes(_pieces(inputs), 2)
+        system, right = sum((part.double() @ part.double().mT for part in parts), torch.zeros(())), right.double()
+    else:
+        system, right = moments.products()
+        if offset:
+            system = system - moments.count * mean_x[:, :, None] * mean_x[:, None, :]
+            right = right - moments.count * mean_x[:, :, None] * mean_r[:, None, :]
+    scale = system.diagonal(dim1=1, dim2=2).sum(1) / inputs
+    for strength in strengths:
+        penalised = system.clone()
+        penalised.diagonal(dim1=1, dim2=2).add_(strength * torch.where(scale > 0, scale, 1.0)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(penalised)
+        if bool(failed.any()):
+            yield none(moments)
+            continue
+        change = torch.cholesky_solve(right, factor)
+        if rows is not None:
+            change = torch.cat([(part.double().mT @ change).to(x.dtype) for part in parts], 1)
+        shift = mean_r - (mean_x[:, None].to(change) @ change)[:, 0] if offset else torch.zeros_like(mean_r)
+        yield Fit(change, shift, strength)
+
+
+def _pieces(inputs: int) -> list[int]:
+    return [min(_PIECE, inputs - start) for start in range(0, inputs, _PIECE)]
 
 
 def scaled(moments: Moments, matrix: Tensor, each: int, weight: Tensor, strength: float, offset: bool) -> Fit:
@@ -91,7 +148,7 @@ def scaled(moments: Moments, matrix: Tensor, each: int, weight: Tensor, strength
     matrix: [groups, outputs, inputs] the weights; each: inputs per channel; weight: [groups, outputs] of the errors.
     """
     mean_x, mean_r = moments.x / moments.count, moments.r / moments.count
-    xx, xr = moments.xx, moments.xr
+    xx, xr = moments.products()
     if offset:
         xx = xx - moments.count * mean_x[:, :, None] * mean_x[:, None, :]
         xr = xr - moments.count * mean_x[:, :, None] * mean_r[:, None, :]
@@ -113,12 +170,12 @@ def scaled(moments: Moments, matrix: Tensor, each: int, weight: Tensor, strength
 
 def none(moments: Moments) -> Fit:
     """No change at all."""
-    return Fit(torch.zeros_like(moments.xr), torch.zeros_like(moments.r), None)
+    return Fit(None, torch.zeros_like(moments.r), None)
 
 
 def mean_only(moments: Moments) -> Fit:
     """Only the offset: the mean residual."""
-    return Fit(torch.zeros_like(moments.xr), moments.r / moments.count, None)
+    return Fit(None, moments.r / moments.count, None)
 
 
 def choose(fitted: Moments, judged: Moments, weight: Tensor, offset: bool) -> Fit:
@@ -126,10 +183,13 @@ def choose(fitted: Moments, judged: Moments, weight: Tensor, offset: bool) -> Fi
 
     weight: [groups, outputs] how much each output's error counts. The winner is fitted again on all rows.
     """
-    fits = [none(fitted), *([mean_only(fitted)] if offset else []), *(ridge(fitted, s, offset) for s in RIDGES)]
-    errors = [float((judged.error(fit) * weight).sum()) for fit in fits]
-    best = fits[min(range(len(fits)), key=errors.__getitem__)]
+
+    def error(fit: Fit) -> float:
+        return float((judged.error(fit) * weight).sum())
+
+    plain = [none(fitted), *([mean_only(fitted)] if offset else [])]
+    best = min(itertools.chain(plain, ridges(fitted, RIDGES, offset)), key=error)
     everything = fitted.merge(judged)
     if best.ridge is not None:
-        return ridge(everything, best.ridge, offset)
+        return next(ridges(everything, [best.ridge], offset))
     return mean_only(everything) if bool(best.offset.any()) else best

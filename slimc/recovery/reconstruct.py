@@ -33,8 +33,10 @@ ROWS = 40_000
 _ROWS_PER_INPUT = 10
 _NUMBERS = 12_000_000
 """At most so many inputs are gathered at once: a depthwise convolution has few for each of many groups."""
-_WIDEST = 6_144
+WIDEST = 6_144
 """Inputs of a reader beyond which its normal equations (inputs squared, in float64) are too large."""
+_WIDE_NUMBERS = 32_000_000
+"""At most so many inputs of a reader beyond that are gathered, in fewer rows than it has inputs."""
 _JUDGED = 0.2
 
 
@@ -67,7 +69,7 @@ class Tally:
     def __str__(self) -> str:
         parts = [f"{self.fitted} of {self.fitted + self.unchanged + self.wide} layers fitted"]
         if self.wide:
-            parts.append(f"{self.wide} with more than {_WIDEST} inputs left as cut")
+            parts.append(f"{self.wide} with more than {WIDEST} inputs left as cut")
         return ", ".join(parts)
 
 
@@ -83,8 +85,8 @@ def reconstruct(task: Task) -> str:
     return f"{tally} by least squares on {tally.samples} samples ({task.samples.source})"
 
 
-def refit(task: Task, choose: Choose) -> Tally:
-    """Fit each reader in turn with one way of choosing the change."""
+def refit(task: Task, choose: Choose, widest: float = math.inf) -> Tally:
+    """Fit each reader of at most `widest` inputs in turn with one way of choosing the change."""
     found = readers(task.slim)
     total = len([old for old, new in task.twins.items() if new in found])
     tally = Tally()
@@ -92,7 +94,10 @@ def refit(task: Task, choose: Choose) -> Tally:
 
     def visit(old: Node, before: Frontier, after: Frontier) -> None:
         reader = found[task.twins[old]]
-        _fit(task, reader, old, before, after, generator, choose, tally)
+        if reader.matrix(task.slim).shape[2] > widest:
+            tally.wide += 1
+        else:
+            _fit(task, reader, old, before, after, generator, choose, tally)
         task.tick(tally.fitted + tally.unchanged + tally.wide, total)
 
     tally.samples = lockstep(
@@ -113,9 +118,6 @@ def _fit(
 ) -> None:
     matrix = reader.matrix(task.slim)
     groups, outputs, inputs = matrix.shape
-    if inputs > _WIDEST:
-        tally.wide += 1
-        return
     tail = tail_of(task, old, reader, before, after)
     weight: Tensor = attribute(task.slim, reader.weight)
     axes = task.types.values[old]
@@ -125,7 +127,7 @@ def _fit(
     wanted = _rows(groups, inputs)
     share = min(1.0, wanted / sum(counts))
     fitted, judged = (Moments(groups, inputs, outputs, matrix.device) for _ in range(2))
-    wide = torch.float64
+    wide = torch.float64 if inputs <= WIDEST else torch.float32
     apart = set_apart([len(value) for value in before.of(old)], _JUDGED)
     for number, (value, source) in enumerate(zip(before.of(old), after.of(reader.source), strict=True)):
         target = task.cut.select(value, axes)
@@ -150,16 +152,19 @@ def _fit(
     importance = tail.gain.square().to(wide).reshape(groups, outputs)
     each = math.prod(weight.shape[2:]) if reader.kind.startswith("conv") else 1
     fit = choose(fitted, judged, Layer(matrix.to(wide), each, importance, tail.offset is not None))
-    if not bool(fit.change.any() or fit.offset.any()):
+    if fit.change is None and not bool(fit.offset.any()):
         tally.unchanged += 1
         return
     tally.fitted += 1
-    reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
+    if fit.change is not None:
+        reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
     if tail.offset is not None:
         tail.offset(fit.offset.flatten())
 
 
 def _rows(groups: int, inputs: int) -> int:
     """How many places a layer is fitted on."""
+    if inputs > WIDEST:
+        return min(inputs - 1, _WIDE_NUMBERS // (groups * inputs))
     enough = min(ROWS, max(ROWS // 4, _ROWS_PER_INPUT * inputs))
     return max(min(enough, _NUMBERS // (groups * inputs)), 2 * _ROWS_PER_INPUT * inputs)

@@ -9,14 +9,14 @@ the next layer's weights. Ours: layer after layer, the penalty, the offset, and 
 from __future__ import annotations
 
 from slimc.recover import Task, step
-from slimc.recovery.reconstruct import Layer, refit
+from slimc.recovery.reconstruct import WIDEST, Layer, refit
 from slimc.regression import RIDGES, Fit, Moments, mean_only, none, scaled
 
 
 @step("scale", "fit one factor for each channel that a layer reads, from unlabelled samples", "Luo et al., ICCV 2017")
 def scale(task: Task) -> str:
     """Fit factors and offsets of every layer that nothing else shares."""
-    tally = refit(task, _scalars)
+    tally = refit(task, _scalars, WIDEST)
     return f"one factor per channel: {tally} on {tally.samples} samples ({task.samples.source})"
 
 
