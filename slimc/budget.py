@@ -13,11 +13,15 @@ METRICS = {
     "params": "parameters",
     "size": "bytes of weights",
     "memory": "bytes of activations at the peak, one sample",
+    "latency": "milliseconds of one call",
 }
 """What can be limited, in the order in which it is printed."""
 
 _BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _COUNTS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_MILLISECONDS = {"US": 1e-3, "MS": 1.0, "S": 1e3}
+_UNITS = {"size": _BYTES, "memory": _BYTES, "latency": _MILLISECONDS}
+_EXAMPLES = {"size": "20MB", "memory": "20MB", "latency": "8ms", "flops": "1.6G"}
 _NUMBER = re.compile(
     r"(?P<minus>-?)(?P<number>\d+\.?\d*|\.\d+)(?:e(?P<exponent>[+-]?\d+))?\s*(?P<unit>%|[a-z]*)", re.IGNORECASE
 )
@@ -52,11 +56,10 @@ def parse(metric: str, value: str | float) -> Target:
         return Target(metric, text, _share(metric, text, number / 100 if unit else number, bool(match["minus"])), None)
     if match["minus"]:
         raise UsageError(f"--{metric} {text}: a cut is given as a share, for example -60%. {_forms(metric)}")
-    units = _BYTES if metric in ("size", "memory") else _COUNTS
+    units = _UNITS.get(metric, _COUNTS)
     if unit not in units:
-        raise UsageError(
-            f"--{metric} {text}: unknown unit {match['unit']!r}; known: {', '.join(units)}. {_forms(metric)}"
-        )
+        known = ", ".join(units).lower() if metric == "latency" else ", ".join(units)
+        raise UsageError(f"--{metric} {text}: unknown unit {match['unit']!r}; known: {known}. {_forms(metric)}")
     if number == 0:
         raise UsageError(f"--{metric} {text}: nothing would be left. {_forms(metric)}")
     if math.isinf(number):
@@ -66,7 +69,8 @@ def parse(metric: str, value: str | float) -> Target:
 
 def _share(metric: str, text: str, share: float, is_cut: bool) -> float:
     if share >= 1 and not text.rstrip().endswith("%"):
-        meant = f"{share:g}%" if 1 < share < 100 else ("20MB" if metric in ("size", "memory") else f"{share:g}M")
+        amount = f"{share:g}M" if metric in ("flops", "params") else _EXAMPLES[metric]
+        meant = f"{share:g}ms" if metric == "latency" else f"{share:g}%" if 1 < share < 100 else amount
         raise UsageError(f"--{metric} {text}: a share must be between 0 and 1. Did you mean {meant}? {_forms(metric)}")
     kept = 1 - share if is_cut else share
     if not 0 < kept < 1:
@@ -76,12 +80,13 @@ def _share(metric: str, text: str, share: float, is_cut: bool) -> float:
 
 
 def _forms(metric: str) -> str:
-    amount = "20MB" if metric in ("size", "memory") else "1.6G" if metric == "flops" else "12M"
-    return f"Give the share that stays (0.4 or 40%), an amount ({amount}) or the cut (-60%)."
+    return f"Give the share that stays (0.4 or 40%), an amount ({_EXAMPLES.get(metric, '12M')}) or the cut (-60%)."
 
 
 def amount(metric: str, value: float) -> str:
-    """A quantity for people: `4.09 G`, `25.6 M`, `102 MB`."""
+    """A quantity for people: `4.09 G`, `25.6 M`, `102 MB`, `8.25 ms`."""
+    if metric == "latency":
+        return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
     steps = (
         (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
         if metric in ("size", "memory")

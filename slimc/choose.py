@@ -7,7 +7,7 @@ is left is scored as it then is, since a channel matters more once those that co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,8 @@ from .errors import UsageError
 from .graph.groups import Grouping
 from .graph.resize import Cut
 from .graph.shrink import shrink
-from .report import Selection
+from .pace import Pace
+from .report import Selection, TargetResult
 from .rewrite import rewrite
 from .samples import Samples
 from .scores import Scores, Subject
@@ -35,13 +36,14 @@ _STEP, _MOST_STEPS = 0.8, 3
 class Chosen:
     """What stays.
 
-    unscored: groups that the scorer says nothing of, which stay whole. selection: None where the greedy ranking chose.
-    steps: in how many cuts. scores: [variables] by what channels were ranked when they went or, of those that stay, in
-    the last step; NaN in groups that the scorer says nothing of.
+    latency: what a latency target got. unscored: groups that the scorer says nothing of, which stay whole. selection:
+    None where the greedy ranking chose. steps: in how many cuts. scores: [variables] by what channels were ranked when
+    they went or, of those that stay, in the last step; NaN in groups that the scorer says nothing of.
     """
 
     cut: Cut
     choice: planner.Choice
+    latency: TargetResult | None
     unscored: tuple[int, ...]
     selection: Selection | None
     steps: int
@@ -50,13 +52,14 @@ class Chosen:
 
 @dataclass(frozen=True)
 class How:
-    """The options of choosing; see `slimc.compress`. may_relax: alignment gives way to budgets."""
+    """Options of choosing; see `slimc.compress`. may_relax: alignment gives way to budgets. pace: a latency target."""
 
     normalise: str
     select: str
     alignment: int
     may_relax: bool
     ignored: tuple[int, ...]
+    pace: Pace | None = None
 
 
 def check_select(select: str) -> None:
@@ -92,6 +95,8 @@ def choose(
 
     between: samples to fit layers on between steps; without them, and where selection is exact, there is one step.
     """
+    if how.pace is not None:
+        limits = how.pace.start(limits, _least(analysis, analysis.grouping, how, how.ignored))
     count = _steps(analysis, limits) if between is not None and how.select == "greedy" else 1
     alive = np.ones(analysis.types.solution.variables, np.bool_)
     found = np.full(len(alive), np.nan)
@@ -107,11 +112,28 @@ def choose(
             subject = _fitted(analysis, _remove(analysis, alive, ranking, choice), subject, between)
             ranking = _rank(analysis, method, subject, limits, how)
             ranking.note(found)
+
+    def planned(limits: Mapping[str, float]) -> tuple[planner.Choice, Selection | None]:
+        choice = _planned(analysis, ranking, limits, how)
+        return _exactly(analysis, ranking, limits, choice) if how.select == "exact" else (choice, None)
+
     with stages.stage("plan"):
-        choice, selection = _planned(analysis, ranking, limits, how), None
-        if how.select == "exact":
-            choice, selection = _exactly(analysis, ranking, limits, choice)
-        return Chosen(_remove(analysis, alive, ranking, choice), choice, ranking.unscored, selection, count, found)
+        latency = None
+        if how.pace is not None:
+            left = analysis.cost(np.array([group.width for group in ranking.grouping.groups], np.int64)).macs
+            floor = _least(analysis, ranking.grouping, how, ranking.kept_whole)
+            settled = how.pace.settle(
+                limits, floor, float(left), lambda own: _remove(analysis, alive.copy(), ranking, planned(own)[0])
+            )
+            limits, latency = settled.limits, settled.result
+        choice, selection = planned(limits)
+        cut = _remove(analysis, alive, ranking, choice)
+        return Chosen(cut, choice, latency, ranking.unscored, selection, count, found)
+
+
+def _least(analysis: Analysis, grouping: Grouping, how: How, kept_whole: Sequence[int]) -> float:
+    """MACs of the smallest network that can be planned."""
+    return float(planner.least(grouping, analysis.cost, how.alignment, how.may_relax, kept_whole).macs)
 
 
 def _rank(

@@ -22,6 +22,7 @@ from .options import (
     Ignore,
     Input,
     Json,
+    LatencyTarget,
     Memory,
     ModelArg,
     NoLatency,
@@ -66,6 +67,7 @@ def compress(
     params: Params = None,
     size: Size = None,
     memory: Memory = None,
+    latency: LatencyTarget = None,
     scorer: Scorer = "auto",
     schedule: Schedule = "one-shot",
     epochs: Epochs = None,
@@ -101,13 +103,15 @@ def compress(
         from . import recover as recovery
         from .data import open_data
 
-        targets = _targets(flops=flops, params=params, size=size, memory=memory)
+        targets = _targets(flops=flops, params=params, size=size, memory=memory, latency=latency)
         if scorer != "auto":
             scores.check(scores.find(scorer), normalise, data is not None)
         compiler.alignment_of(round_to)
         recovery.asked(recover)
         training = _training_options(schedule, epochs, rate, batch_size, distil, settings, resume, data)
         one_cut: dict[str, Any] = {"norm": norm, "normalise": normalise, "select": select, "samples": samples}
+        if training is not None and targets.pop("latency") is not None:
+            raise UsageError(compiler.PACED)
         if training is not None and one_cut != {"norm": "l2", "normalise": "auto", "select": "greedy", "samples": None}:
             raise UsageError(
                 "--norm, --normalise, --select and --samples are for one cut without training; leave them out"
@@ -320,7 +324,8 @@ def _targets(**given: str | None) -> dict[str, str | None]:
         if text is not None:
             budget.parse(metric, text)
     if not any(given.values()):
-        raise UsageError("no target: give at least one of --flops, --params, --size, --memory, such as --flops 0.4")
+        names = ", ".join(f"--{metric}" for metric in given)
+        raise UsageError(f"no target: give at least one of {names}, such as --flops 0.4")
     return given
 
 

@@ -22,6 +22,7 @@ from .exporters import machine
 from .graph.capture import Example
 from .graph.cost import Costs
 from .graph.resize import Cut
+from .pace import Pace
 from .plan import Plan, make, scores_of, weights_sha256
 from .report import Method, TargetResult
 from .result import Compressed, evaluating
@@ -36,6 +37,10 @@ __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
 _FEW = 128
 """Fewer samples than this leave layers with more inputs than they show: others are made up beside them."""
 _LARGEST_SEED = 2**62  # torch takes 64 bits with a sign, and seeds are added to
+PACED = (
+    "--latency is for one cut without training. Find the FLOPs that are fast enough with one cut (its report tells), "
+    "then train with --flops"
+)
 _INPUTS = 3
 _INPUTS_OF_LARGE = 2
 _LARGE_MACS = 5e9
@@ -50,6 +55,7 @@ def compress(
     params: str | float | None = None,
     size: str | float | None = None,
     memory: str | float | None = None,
+    latency: str | float | None = None,
     scorer: str = "auto",
     schedule: str = "one-shot",
     epochs: float | None = None,
@@ -72,14 +78,16 @@ def compress(
 
     model: any nn.Module; it is left as it is. example_inputs: a tensor, a tuple of arguments or a dictionary.
     flops, params, size, memory: what may stay, as a share (0.4, "40%"), an amount ("1.6G", "20MB") or the cut
-    ("-60%"). round_to: widths become multiples of this; "auto" takes what this machine's runtime likes and gives
-    way where the budget needs it. data: batches to score and recover on, labels only where the scorer needs them, up
-    to `samples` of them; without it pictures or tokens are made up. scorer: "auto" is `obs` where there are samples,
-    else `magnitude`. recover: "auto" (all that the samples allow), "none" or a list. loss: takes outputs
-    and targets, gives a mean over samples; cross entropy if not given. schedule, epochs, val: train while cutting, on
-    `data` with labels; see `slimc.schedule`, which also takes the methods' settings. normalise: how groups are made
-    comparable ("mean", "max", "l2", "cost", "isomorphic", "none"; "auto" is what suits the scorer). select:
-    "greedy", by one ranking, or "exact", whose widths integer programming proves to be the best or near them.
+    ("-60%"). latency: the same of the time ("8ms") that the exported model takes in ONNX Runtime on this machine's
+    CPU, batch 1, with torch's number of threads; cuts are measured until one is fast enough. round_to: widths become
+    multiples of this; "auto" takes what this machine's runtime likes and gives way where the budget needs it. data:
+    batches to score and recover on, labels only where the scorer needs them, up to `samples` of them; without it
+    pictures or tokens are made up. scorer: "auto" is `obs` where there are samples, else `magnitude`. recover:
+    "auto" (all that the samples allow), "none" or a list. loss: takes outputs and targets, gives a mean over samples;
+    cross entropy if not given. schedule, epochs, val: train while cutting, on `data` with labels; see `slimc.schedule`,
+    which also takes the methods' settings. normalise: how groups are made comparable ("mean", "max", "l2", "cost",
+    "isomorphic", "none"; "auto" is what suits the scorer). select: "greedy", by one ranking, or "exact", whose widths
+    integer programming proves to be the best or near them.
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     if schedule != "one-shot" or epochs is not None:
@@ -87,6 +95,8 @@ def compress(
             raise UsageError("norm, normalise, select and samples are for one cut without training; leave them out")
         from .training.api import schedule as start
 
+        if latency is not None:
+            raise UsageError(PACED)
         if epochs is None:
             raise UsageError(f"--schedule {schedule} trains: give --epochs, how often it may see the data")
         trained: Compressed = start(
@@ -95,7 +105,7 @@ def compress(
             device=device, model_name=name, progress=progress,
         ).result  # fmt: skip
         return trained
-    targets = targets_of(flops=flops, params=params, size=size, memory=memory)
+    targets = targets_of(flops=flops, params=params, size=size, memory=memory, latency=latency)
     alignment, wanted = alignment_of(round_to), recovery.asked(recover)
     check_select(select)
     check_seed(seed)
@@ -110,6 +120,7 @@ def compress(
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
     limits, ignored = limits_of(targets, analysis, stages), tuple(analysis.matching(ignore))
+    pace = next((Pace(analysis, target, stages) for target in targets if target.metric == "latency"), None)
     planner.check_reachable(
         analysis.grouping, analysis.cost, limits, round_to=alignment, may_relax=round_to == "auto", ignored=ignored
     )
@@ -124,7 +135,7 @@ def compress(
     fit = recovery.set_aside(calibration)[0] if calibration and steps else calibration
     fit = fit.with_more(extra) if fit and extra else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
-    options = How(normalise, select, alignment, round_to == "auto", ignored)
+    options = How(normalise, select, alignment, round_to == "auto", ignored, pace)
     # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples. Few
     # samples fit layers too loosely for that: with 32 the result was further off than by a choice at once.
     enough = data is not None and calibration is not None and not _is_few(calibration)
@@ -135,8 +146,11 @@ def compress(
         "scorer": method.name, "norm": norm, "schedule": "one-shot", "steps": chosen.steps,
         "round_to": choice.round_to, "seed": seed,
     }  # fmt: skip
-    facts = facts_of(model, targets, limits, how) | {"scores": scores_of(analysis.grouping, chosen.scores)}
+    amounts = limits if pace is None else {**limits, "latency": pace.limit}
+    facts = facts_of(model, targets, amounts, how) | {"scores": scores_of(analysis.grouping, chosen.scores)}
     results = results_of(limits, analysis.full, choice.costs)
+    if chosen.latency is not None:
+        results["latency"] = chosen.latency
     described = Method(method.name, "one-shot", choice.round_to, seed)
     warnings = _remarks(analysis, method, chosen, alignment, bool(wanted) and not calibration)
     slim = build(analysis, chosen.cut, facts, results, described, stages, warnings, name)
@@ -244,9 +258,11 @@ def targets_of(**given: str | float | None) -> list[Target]:
 
 
 def limits_of(targets: Sequence[Target], analysis: Analysis, stages: Stages) -> dict[str, float]:
-    """What each target's metric may come to for this model; each is told to whoever listens."""
+    """What each target's metric may come to for this model, where it can be computed; told to whoever listens."""
     limits = {}
     for target in targets:
+        if target.metric not in planner.METRIC:
+            continue  # latency is measured
         whole = getattr(analysis.full, planner.METRIC[target.metric])
         if not whole:
             raise UsageError(f"--{target.metric} {target.text}: the model has no {budget.METRICS[target.metric]}")

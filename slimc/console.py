@@ -33,7 +33,7 @@ STAGES = {
     "recover": "fitting the kept weights again",
     "finetune": "fine-tuning",
     "export": "writing and checking ONNX, pt2, safetensors",
-    "latency": "measuring latency, original and slim in turn",
+    "latency": "measuring latency in ONNX Runtime",
 }
 
 _TRAINING = {"train", "cut"}
@@ -303,6 +303,9 @@ def _cost_table(report: Report) -> Table:
             f"{100 * change.share:.4g}%",
             asked,
         )
+    if (time := report.targets.get("latency")) is not None:
+        values = (amount("latency", value) for value in (time.before, time.after))
+        table.add_row("latency", *values, f"{100 * time.got:.4g}%", f"≤ {100 * time.asked:.4g}%")
     return table
 
 

@@ -33,6 +33,7 @@ Flops = Annotated[str | None, typer.Option(help="what may stay: 0.4, 40%, 1.6G (
 Params = Annotated[str | None, typer.Option(help="parameters that may stay: 0.4, 40%, 12M")]
 Size = Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")]
 Memory = Annotated[str | None, typer.Option(help="peak bytes of activations that may stay: 0.4, 8MB")]
+LatencyTarget = Annotated[str | None, typer.Option("--latency", help="time that the exported model may take here, in ONNX Runtime on the CPU: 0.5, 8ms")]  # fmt: skip  # noqa: E501
 Scorer = Annotated[str, typer.Option(help="which channels matter; see `slimc methods`")]
 Norm = Annotated[str, typer.Option(help="l1 or l2, for magnitude; l1 chooses it")]
 Normalise = Annotated[str, typer.Option(help="how groups are made comparable: mean, max, l2, cost, isomorphic, none; auto: what suits the scorer")]  # fmt: skip  # noqa: E501

@@ -85,6 +85,12 @@ def check_reachable(
     _search(grouping, cost, nothing, limits, round_to, may_relax, frozenset(ignored), None)
 
 
+def least(grouping: Grouping, cost: CostOf, round_to: int, may_relax: bool, ignored: Sequence[int]) -> Costs:
+    """The costs of the smallest network that can be planned."""
+    nothing = [np.zeros(group.width) for group in grouping.groups]
+    return cost(Search(grouping, cost, nothing, {}, 1 if may_relax else round_to, frozenset(ignored), None).smallest)
+
+
 def _search(
     grouping: Grouping,
     cost: CostOf,

@@ -113,6 +113,8 @@ def test_an_amount_that_the_model_does_not_exceed_is_said_to_be_met() -> None:
 @given(st.sampled_from(list(METRICS)), st.floats(1.0, 1e15))
 def test_a_quantity_for_people_is_the_quantity_to_three_digits(metric: str, value: float) -> None:
     scales = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
+    scales |= {"ms": 1.0, "s": 1e3}
     number, _, unit = amount(metric, value).partition(" ")
     assert float(number) * scales[unit] == pytest.approx(value, rel=5.1e-3)
     assert unit.endswith("B") == (metric in ("size", "memory"))
+    assert unit.endswith("s") == (metric == "latency")
