@@ -68,6 +68,14 @@ def check_select(select: str) -> None:
         raise UsageError(f"--select {select}: known are {' and '.join(SELECT)}")
 
 
+def check_norm(norm: str, scorer: str) -> None:
+    """UsageError where there is no such norm, or the scorer takes none."""
+    if norm not in ("l1", "l2"):
+        raise UsageError(f"--norm {norm}: known are l1 and l2")
+    if norm != "l2" and scorer not in ("auto", "magnitude"):
+        raise UsageError(f"--norm {norm} is for --scorer magnitude; {scorer} takes none")
+
+
 @dataclass(frozen=True)
 class _Ranking:
     """Scores of the channels that are left, on one footing.
@@ -95,6 +103,7 @@ def choose(
 
     between: samples to fit layers on between steps; without them, and where selection is exact, there is one step.
     """
+    most = limits.get("flops", math.inf)
     if how.pace is not None:
         limits = how.pace.start(limits, _least(analysis, analysis.grouping, how, how.ignored))
     count = _steps(analysis, limits) if between is not None and how.select == "greedy" else 1
@@ -123,7 +132,7 @@ def choose(
             left = analysis.cost(np.array([group.width for group in ranking.grouping.groups], np.int64)).macs
             floor = _least(analysis, ranking.grouping, how, ranking.kept_whole)
             settled = how.pace.settle(
-                limits, floor, float(left), lambda own: _remove(analysis, alive.copy(), ranking, planned(own)[0])
+                limits, floor, min(left, most), lambda own: _remove(analysis, alive.copy(), ranking, planned(own)[0])
             )
             limits, latency = settled.limits, settled.result
         choice, selection = planned(limits)

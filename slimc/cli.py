@@ -101,12 +101,15 @@ def compress(
     with Console(quiet or os.environ.get("RANK", "0") != "0", as_json, stages=12) as console:
         from . import compiler, scores
         from . import recover as recovery
+        from .choose import check_norm, check_select
         from .data import open_data
 
         targets = _targets(flops=flops, params=params, size=size, memory=memory, latency=latency)
         if scorer != "auto":
             scores.check(scores.find(scorer), normalise, data is not None)
         compiler.alignment_of(round_to)
+        check_norm(norm, scorer)
+        check_select(select)
         recovery.asked(recover)
         training = _training_options(schedule, epochs, rate, batch_size, distil, settings, resume, data)
         one_cut: dict[str, Any] = {"norm": norm, "normalise": normalise, "select": select, "samples": samples}

@@ -15,7 +15,7 @@ from . import budget, eager, planner, scores
 from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
-from .choose import BETWEEN, Chosen, How, check_select, choose
+from .choose import BETWEEN, Chosen, How, check_norm, check_select, choose
 from .describe import facts_of, report_of, results_of, versions, warnings_of
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
@@ -109,10 +109,7 @@ def compress(
     alignment, wanted = alignment_of(round_to), recovery.asked(recover)
     check_select(select)
     check_seed(seed)
-    if norm not in ("l1", "l2"):
-        raise UsageError(f"--norm {norm}: known are l1 and l2")
-    if norm != "l2" and scorer not in ("auto", "magnitude"):
-        raise UsageError(f"--norm {norm} is for --scorer magnitude; {scorer} takes none")
+    check_norm(norm, scorer)
     if scorer == "auto" and norm != "l2":
         scorer = "magnitude"  # the only one that takes a norm
     if scorer != "auto":

@@ -169,6 +169,18 @@ def test_a_real_network_becomes_as_fast_as_asked() -> None:
     assert any("latency:" in line and "keep 60%, cut 40%" in line for line in said)
 
 
+def test_all_targets_hold_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(before: Path, after: Path | None) -> LatencyResult:
+        return LatencyResult("", "", 1, 1, before_ms=10.0, after_ms=2.5, speedup=4.0)
+
+    monkeypatch.setattr(pace, "_measure", measured)
+    monkeypatch.setattr(Pace, "_export", lambda self, folder, cut: folder)
+    slim = slimc.compress(net(), torch.rand(2, 3, 8, 8), latency="9ms", flops=0.5, recover="none", round_to=1)
+    assert slim.report.targets["flops"].got == pytest.approx(0.5, rel=0.02)
+    assert slim.report.targets["flops"].met  # although 9 ms would leave room for more
+    assert slim.report.targets["latency"].got == 0.25
+
+
 def test_the_command_line_says_what_cannot_be_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(net(16), tmp_path / "m.pt")
     args = ["compress", str(tmp_path / "m.pt"), "--input", "1x3x16x16", "--latency", "0.001", "--recover", "none"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -64,9 +65,18 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     run = begin(folder=tmp_path / "run", data_name="npz:a.npz in batches of 8")
     next(iter(run))
     run.save(None)
-    del run  # and its lock
+    del run
+    gc.collect()  # and its lock
     with pytest.raises(UsageError, match=r"its data is 'npz:a\.npz in batches of 8', not 'npz:b\.npz in batches of 8'"):
         next(iter(begin(folder=tmp_path / "run", data_name="npz:b.npz in batches of 8", resume=True)))
+
+
+def test_going_on_where_nothing_was_begun_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run holds no run to go on with"):
+        begin(folder=tmp_path / "run", resume=True)
+    assert not list(tmp_path.iterdir())
+    with RunFolder(tmp_path, {}).locked(), pytest.raises(UsageError, match="no run to go on with"):
+        RunFolder(tmp_path, {}).start(resume=True)
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:

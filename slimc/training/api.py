@@ -81,6 +81,8 @@ def schedule(
     targets = compiler.targets_of(flops=flops, params=params, size=size, memory=memory)
     alignment, mend = compiler.alignment_of(round_to), _mending(recover, data)
     compiler.check_seed(seed)
+    if resume and folder is not None:
+        RunFolder.check_resumable(Path(folder))
     if not epochs > 0:
         raise UsageError(f"epochs is {epochs}; it must be above 0")
     if scorer == "auto":

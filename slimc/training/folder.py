@@ -34,6 +34,12 @@ class RunFolder:
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path, self.about = path, json.loads(json.dumps(about))
 
+    @staticmethod
+    def check_resumable(path: Path) -> None:
+        """UsageError where nothing was ever begun."""
+        if not (path / _LOG).exists() and not (path / _MANIFEST).exists():
+            raise UsageError(f"{path} holds no run to go on with; leave --resume out to begin one")
+
     def start(self, resume: bool) -> dict[str, Any] | None:
         """The last whole checkpoint, or None for a run that begins.
 
@@ -41,10 +47,10 @@ class RunFolder:
         """
         manifest = self._manifest()
         if manifest is None:
-            if resume and self._ended():
-                raise UsageError(f"the run in {self.path} has ended; leave --resume out to begin another one")
-            if resume and self.path.exists() and not (self.path / _LOG).exists():
-                raise UsageError(f"{self.path} holds no run to go on with; leave --resume out to begin one")
+            if resume:
+                self.check_resumable(self.path)
+                if self._ended():
+                    raise UsageError(f"the run in {self.path} has ended; leave --resume out to begin another one")
             self._create()
             (self.path / _LOG).unlink(missing_ok=True)
             return None
