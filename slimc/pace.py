@@ -71,6 +71,8 @@ class Pace:
     """
 
     def __init__(self, analysis: Analysis, target: Target, stages: Stages) -> None:
+        if not analysis.full.macs:
+            raise UsageError(f"--latency {target.text}: the model has no {budget.METRICS['flops']} to save")
         self._analysis, self._stages, self._text = analysis, stages, target.text
         with stages.stage("latency"), tempfile.TemporaryDirectory(prefix="slimc-") as folder:
             before = _measure(self._export(Path(folder), None), None).before_ms
