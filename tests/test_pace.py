@@ -154,7 +154,7 @@ def test_nothing_measured_is_no_target_held(analysis: Analysis, monkeypatch: pyt
 
 
 def test_a_model_without_products_has_no_time_to_save() -> None:
-    with pytest.raises(UsageError, match="--latency 0.5: the model has no multiply-accumulates"):
+    with pytest.raises(UsageError, match=r"--latency 0\.5: the model has no multiply-accumulates"):
         slimc.compress(nn.ReLU(), torch.rand(2, 3, 8, 8), latency=0.5)
 
 
