@@ -116,7 +116,7 @@ def ridges(moments: Moments, strengths: Iterable[float], offset: bool) -> Iterat
         x, right = rows
         if offset:
             x, right = x - mean_x[:, None].to(x), right - mean_r[:, None].to(right)
-        parts = x.split_with_sizes(_pieces(inputs), 2)
+        parts = torch.split(x, _PIECE, 2)  # float64 copies of a part at a time
         system, right = sum((part.double() @ part.double().mT for part in parts), torch.zeros(())), right.double()
     else:
         system, right = moments.products()
@@ -136,10 +136,6 @@ def ridges(moments: Moments, strengths: Iterable[float], offset: bool) -> Iterat
             change = torch.cat([(part.double().mT @ change).to(x.dtype) for part in parts], 1)
         shift = mean_r - (mean_x[:, None].to(change) @ change)[:, 0] if offset else torch.zeros_like(mean_r)
         yield Fit(change, shift, strength)
-
-
-def _pieces(inputs: int) -> list[int]:
-    return [min(_PIECE, inputs - start) for start in range(0, inputs, _PIECE)]
 
 
 def scaled(moments: Moments, matrix: Tensor, each: int, weight: Tensor, strength: float, offset: bool) -> Fit:
