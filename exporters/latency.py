@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import slimc
-from slimc.errors import InternalError, LoadError, UsageError
-from slimc.exporters import fast_path, machine
+from slimc.errors import LoadError, UsageError
+from slimc.exporters import child, fast_path, machine
 from slimc.exporters.fast_path import FastPath
-from slimc.exporters.paired import CPU, CUDA, TENSORRT, Outcome, Request, Timing
+from slimc.exporters.paired import Outcome, Timing
+from slimc.exporters.session import CPU, CUDA, TENSORRT, NotMeasurable, Request
 
 PROVIDERS: Mapping[str, str] = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 
@@ -26,10 +23,6 @@ _MIN_PAIRS = 6
 # differently, but never one without 0.98 ... 1.02.
 _RESOLUTION = 0.02
 _BUSY = 1.4
-_START_SECONDS = 600.0  # TensorRT may compile for minutes before the first run
-_CHILD = (
-    "import runpy, sys; sys.path.append(sys.argv[1]); runpy.run_module('slimc.exporters.paired', run_name='__main__')"
-)
 
 
 @dataclass(frozen=True)
@@ -114,12 +107,11 @@ def measure(
         seed=seed,
     )
     load = machine.load_average()
-    answer = _ask(request)
-    if "error" in answer:
-        raise UsageError(answer["error"])
-    if "skipped" in answer:
-        return LatencyResult(runtime, request.provider, request.threads, batch, skipped=answer["skipped"])
-    result = _result(runtime, request, _outcome(answer["outcome"]), load)
+    try:
+        outcome = _outcome(child.ask("slimc.exporters.paired", request))
+    except NotMeasurable as error:
+        return LatencyResult(runtime, request.provider, request.threads, batch, skipped=str(error))
+    result = _result(runtime, request, outcome, load)
     return dataclasses.replace(result, warnings=(*result.warnings, *_busy_warning(result)))
 
 
@@ -150,29 +142,6 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise UsageError(f"{name} is {value}; at least 1 is needed")
     return value
-
-
-def _ask(request: Request) -> dict[str, Any]:
-    """Run the measuring process; it ends with us, also on KeyboardInterrupt."""
-    # -P and a path put last: what happens to lie in the working directory must not be imported.
-    command = [sys.executable, "-P", "-c", _CHILD, str(Path(slimc.__path__[0]).parent)]
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(asdict(request)),
-            capture_output=True,
-            text=True,
-            timeout=_START_SECONDS + 3 * request.budget_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        return {"skipped": f"the measuring process did not end within {error.timeout:.0f} s"}
-    if done.returncode < 0:
-        return {"skipped": f"the measuring process was killed by signal {-done.returncode} (9: likely out of memory)"}
-    if done.returncode:
-        raise InternalError(f"the measuring process failed:\n{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
 
 
 def _outcome(data: dict[str, Any]) -> Outcome:

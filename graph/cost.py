@@ -4,7 +4,8 @@ Counting conventions: one MAC is one multiply-accumulate of a convolution, linea
 attention or recurrence (a FLOP counter that counts additions apart gives twice as many); additions of biases,
 normalisations, activations and pooling are not counted. All costs are per sample. Activation memory is the
 largest sum of bytes of values that are alive at one moment when operators run one by one; views share the
-storage of what they view.
+storage of what they view. Time is none of them: it is shared out among operators from what was measured (`Times`),
+and falls in step with each operator's multiply-accumulates, and with the sizes of all values.
 """
 
 from __future__ import annotations
@@ -35,24 +36,33 @@ _PASSES = {"dropout", "contiguous", "to", "alias", "detach", "reshape", "flatten
 
 @dataclass(frozen=True)
 class Costs:
-    """What one choice of widths costs, per sample."""
+    """What one choice of widths costs, per sample; time in milliseconds of one call, None where none was measured."""
 
     macs: float
     params: int
     size: int
     memory: float
+    time: float | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of the whole model's call: of each product of `Types.macs`, in their order, and of all the rest."""
+
+    products: npt.NDArray[np.float64]
+    rest: float
 
 
 class Model:
     """The cost of every choice of widths, ready to be evaluated in microseconds."""
 
-    def __init__(self, types: Types, grouping: Grouping) -> None:
+    def __init__(self, types: Types, grouping: Grouping, times: Times | None = None) -> None:
         self._batch = types.captured.batch
         self._count = len(grouping.axes)
         self._axis = np.repeat(np.arange(self._count), np.array([len(axis.terms) for axis in grouping.axes], np.int64))
         self._monomials = _Products([term for axis in grouping.axes for term in axis.terms])
         number = grouping.axis_number
-        self._macs = _Products([(c, [number[id(a)] for a in axes]) for c, axes in types.macs])
+        self._macs = _Products([(product.factor, [number[id(a)] for a in product.axes]) for product in types.macs])
         owners = [(name, [number[id(a)] for a in axes]) for name, axes in types.tensors.items()]
         tensors = types.weights
         trained = [(1.0, axes) for name, axes in owners if isinstance(tensors[name], torch.nn.Parameter)]
@@ -61,18 +71,26 @@ class Model:
         self._values, self._birth, self._death = _lifetimes(types, number)
         self._steps = int(self._death.max(initial=0)) + 2
         self._unused_params, self._unused_bytes = _unused(types)
+        self._is_timed = times is not None
+        self._per_mac, self._per_byte = np.zeros(len(types.macs)), 0.0
+        if times is not None:
+            whole = np.array([product.macs for product in types.macs])
+            self._per_mac = np.divide(times.products, whole, out=np.zeros(len(whole)), where=whole > 0)
+            written = self._values(self.sizes(np.array([group.width for group in grouping.groups], np.int64))).sum()
+            self._per_byte = times.rest / written if written else 0.0
 
     def __call__(self, widths: Widths | npt.NDArray[np.float64]) -> Costs:
         """Costs at these widths, one per group, whole or not."""
         sizes = self.sizes(widths)
-        alive = self._values(sizes)
+        alive, macs = self._values(sizes), self._macs(sizes)
         born = np.bincount(self._birth, alive, self._steps)
         dead = np.bincount(self._death + 1, alive, self._steps)
         return Costs(
-            macs=float(self._macs(sizes).sum()) / self._batch,
+            macs=float(macs.sum()) / self._batch,
             params=round(float(self._params(sizes).sum())) + self._unused_params,
             size=round(float(self._bytes(sizes).sum())) + self._unused_bytes,
             memory=float(np.cumsum(born - dead).max()) / self._batch,
+            time=float(macs @ self._per_mac + alive.sum() * self._per_byte) if self._is_timed else None,
         )
 
     def slopes(self, widths: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
@@ -88,11 +106,13 @@ class Model:
         born, dead = (np.bincount(moment, alive, self._steps) for moment in (self._birth, self._death + 1))
         most = int(np.cumsum(born - dead).argmax())
         then = (self._birth <= most) & (most <= self._death)
+        macs, values = self._macs.slopes(sizes, moved), self._values.slopes(sizes, moved)
         return {
-            "macs": self._macs.slopes(sizes, moved).sum(0) / self._batch,
+            "macs": macs.sum(0) / self._batch,
             "params": self._params.slopes(sizes, moved).sum(0),
             "size": self._bytes.slopes(sizes, moved).sum(0),
-            "memory": self._values.slopes(sizes, moved)[then].sum(0) / self._batch,
+            "memory": values[then].sum(0) / self._batch,
+            "time": self._per_mac @ macs + self._per_byte * values.sum(0),
         }
 
     def sizes(self, widths: Widths | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -105,8 +105,8 @@ def _distinct_axes(types: Types) -> list[Terms]:
     for value in (*types.tensors.values(), *types.values.values()):
         for axes in tensors_of(value):
             seen.update(zip(map(id, axes), axes, strict=True))
-    for _, formula in types.macs:
-        seen.update(zip(map(id, formula), formula, strict=True))
+    for product in types.macs:
+        seen.update(zip(map(id, product.axes), product.axes, strict=True))
     return list(seen.values())
 
 

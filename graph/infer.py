@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,20 @@ from .terms import FROZEN, Cause, Solution, Store, Terms
 
 
 @dataclass(frozen=True)
+class Product:
+    """Multiply-accumulates of one operator, for the example batch: `factor` times the product of the axes' sizes."""
+
+    factor: float
+    axes: tuple[Terms, ...]
+    node: Node
+
+    @property
+    def macs(self) -> float:
+        """How many, before anything is removed."""
+        return self.factor * math.prod(map(len, self.axes))
+
+
+@dataclass(frozen=True)
 class Types:
     """What inference found.
 
@@ -27,7 +42,7 @@ class Types:
     weights: those tensors themselves.
     aliases: names of the same tensor, for each name in `tensors` that has any.
     renormalising: axes over which statistics are taken, with the node that takes them.
-    macs: multiply-accumulates of the example batch: constants times products of axis sizes.
+    macs: multiply-accumulates of the example batch; an operator may have several products.
     unknown: operators without a rule, each once per node.
     """
 
@@ -37,7 +52,7 @@ class Types:
     weights: dict[str, Tensor]
     aliases: dict[str, tuple[str, ...]]
     renormalising: tuple[tuple[Node, Terms], ...]
-    macs: tuple[tuple[float, tuple[Terms, ...]], ...]
+    macs: tuple[Product, ...]
     unknown: tuple[Cause, ...]
     store: Store
     solution: Solution
@@ -87,7 +102,7 @@ class Inference:
             first = self._name_of.setdefault(id(tensor), name)
             self.aliases.setdefault(first, []).append(name)
         self.renormalising: list[tuple[Node, Terms]] = []
-        self.macs: list[tuple[float, tuple[Terms, ...]]] = []
+        self.macs: list[Product] = []
         self.unknown: list[Cause] = []
 
     # -- what rules ask -------------------------------------------------------------------------------
@@ -201,7 +216,7 @@ class Inference:
             return self._unknown(node)
         value = self._values[node] = function(self, node)
         if name in rule.COUNT:
-            self.macs.extend((c, tuple(axes)) for c, axes in rule.COUNT[name](self, node))
+            self.macs.extend(Product(c, tuple(axes), node) for c, axes in rule.COUNT[name](self, node))
         return value
 
     def _name_tensor(self, node: Node) -> None:

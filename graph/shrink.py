@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .groups import Grouping
-from .infer import Types, attribute
+from .infer import Product, Types, attribute
 from .resize import Cut
 from .rule import Value
 from .terms import Terms
@@ -56,7 +56,7 @@ def shrink(
         tensors=tensors,
         weights={name: attribute(module, name) for name in tensors},
         renormalising=tuple((twins[node], axis(terms)) for node, terms in types.renormalising),
-        macs=tuple((count, value(axes)) for count, axes in types.macs),
+        macs=tuple(Product(product.factor, value(product.axes), twins[product.node]) for product in types.macs),
     )
     groups = tuple(replace(group, variables=group.variables[cut.alive[group.variables]]) for group in grouping.groups)
     # What a normalisation takes its statistics over may be no axis of a value, and has no number.

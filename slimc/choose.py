@@ -16,6 +16,7 @@ import numpy.typing as npt
 from . import planner, recover, scores
 from .analysis import Analysis, Stages
 from .errors import UsageError
+from .graph.cost import Costs
 from .graph.groups import Grouping
 from .graph.resize import Cut
 from .graph.shrink import shrink
@@ -103,8 +104,8 @@ def choose(
 
     between: samples to fit layers on between steps; without them, and where selection is exact, there is one step.
     """
-    most = limits.get("flops", math.inf)
     if how.pace is not None:
+        analysis = replace(analysis, cost=how.pace.cost)
         limits = how.pace.start(limits, _least(analysis, analysis.grouping, how, how.ignored))
     count = _steps(analysis, limits) if between is not None and how.select == "greedy" else 1
     alive = np.ones(analysis.types.solution.variables, np.bool_)
@@ -129,11 +130,13 @@ def choose(
     with stages.stage("plan"):
         latency = None
         if how.pace is not None:
-            left = analysis.cost(np.array([group.width for group in ranking.grouping.groups], np.int64)).macs
-            floor = _least(analysis, ranking.grouping, how, ranking.kept_whole)
+            # What other targets and steps leave: as slow as it may be.
+            others = {metric: limit for metric, limit in limits.items() if metric != "latency"}
             settled = how.pace.settle(
-                limits, floor, min(left, most), lambda own: _remove(analysis, alive.copy(), ranking, planned(own)[0])
-            )
+                limits, _least(analysis, ranking.grouping, how, ranking.kept_whole),
+                _time(_planned(analysis, ranking, others, how).costs),
+                lambda own: _remove(analysis, alive.copy(), ranking, planned(own)[0]),
+            )  # fmt: skip
             limits, latency = settled.limits, settled.result
         choice, selection = planned(limits)
         cut = _remove(analysis, alive, ranking, choice)
@@ -141,8 +144,13 @@ def choose(
 
 
 def _least(analysis: Analysis, grouping: Grouping, how: How, kept_whole: Sequence[int]) -> float:
-    """MACs of the smallest network that can be planned."""
-    return float(planner.least(grouping, analysis.cost, how.alignment, how.may_relax, kept_whole).macs)
+    """The estimated time of the smallest network that can be planned."""
+    return _time(planner.least(grouping, analysis.cost, how.alignment, how.may_relax, kept_whole))
+
+
+def _time(costs: Costs) -> float:
+    assert costs.time is not None  # the costs are those of a pace
+    return costs.time
 
 
 def _rank(

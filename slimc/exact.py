@@ -97,7 +97,7 @@ class _Knapsack:
         logs = np.log(np.where(widths > 0, widths, 1))
         for metric, limit in self._search.limits.items():
             name = METRIC[metric]
-            slope, scale = slopes[name], max(limit, 1.0)
+            slope, scale = slopes[name], limit or 1.0
             room = (limit - getattr(here, name) + float(slope @ logs)) / scale
             row = slope[self._group] / scale * self._log
             # Without the group its products are gone, whatever the others are: nothing is asked of them.
@@ -163,9 +163,7 @@ class _Knapsack:
             for metric, limit in self._search.limits.items():
                 if getattr(here, METRIC[metric]) > limit:
                     freed += (
-                        slopes[METRIC[metric]]
-                        / max(limit, 1.0)
-                        * np.log(np.maximum(left, 0.5) / np.maximum(fewer, 0.5))
+                        slopes[METRIC[metric]] / (limit or 1.0) * np.log(np.maximum(left, 0.5) / np.maximum(fewer, 0.5))
                     )
             number = int(np.where(freed > 0, lost / np.maximum(freed, 1e-300), np.inf).argmin())
             places[number] -= 1

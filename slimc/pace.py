@@ -1,8 +1,9 @@
-"""A latency target: how many FLOPs may stay so that the exported model is as fast as asked, found by measuring.
+"""A latency target: how much may stay so that the exported model is as fast as asked, found by measuring.
 
-Nothing tells beforehand how long a network of other widths takes, so candidates are exported and run beside the
-original in ONNX Runtime, in turn. Latency falls with FLOPs, though not in step: searched for is the largest FLOPs limit
-whose cut is fast enough, by the upper end of the measured interval.
+What each operator of the original takes tells which layers are worth cutting, and about what a cut comes to: its
+estimate. But kernels like some widths better than others, so cuts are exported and run beside the original in ONNX
+Runtime, in turn. Searched for is the largest estimate whose cut is fast enough, by the upper end of the measured
+interval.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from . import budget
 from .analysis import Analysis, Stages
 from .budget import Target
 from .errors import UnreachableTarget, UsageError
-from .exporters import latency
+from .exporters import latency, operators
 from .exporters.formats import onnx
+from .exporters.session import NotMeasurable
 from .graph.capture import program_of
+from .graph.cost import Model
 from .graph.resize import Cut
 from .report import TargetResult
 from .rewrite import rewrite
+from .timing import shared_out
 
 _TRIALS = 8
 _NEAR = 0.97
 """A cut that takes this share of what is allowed, or a search narrowed so far, is near enough."""
 _FURTHEST, _NEAREST = 0.3, 0.95
-"""Shares of the last FLOPs between which the next ones are, while no cut is fast enough."""
+"""Shares of the last estimate between which the next ones are, while no cut is fast enough."""
 _INSIDE = 0.2
 """A trial between two others is this part of their distance away from both: times go in stairs."""
 
@@ -48,16 +52,16 @@ class Timed:
 
 @dataclass(frozen=True)
 class Trial:
-    """A FLOPs limit and the upper end of the share of the original's time that its cut takes."""
+    """A limit of the estimate, in ms, and the upper end of the share of the original's time that its cut takes."""
 
-    flops: float
+    estimate: float
     share: float
     timed: Timed | None = None
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What the search found: limits that hold, the FLOPs' among them, and what the target got."""
+    """What the search found: limits that hold, the estimate's among them, and what the target got."""
 
     limits: dict[str, float]
     result: TargetResult
@@ -66,8 +70,9 @@ class Settled:
 class Pace:
     """One target for one model; measures the original at once.
 
-    limit: milliseconds of one call (batch 1, or what the model fixes) on the CPU with torch's number of threads.
-    Raises UsageError where ONNX Runtime is missing or cannot run the model, OutputError where it cannot be exported.
+    limit: milliseconds of one call (batch 1, or what the model fixes) on the CPU with torch's number of threads. cost:
+    of every choice of widths, the estimate as its time. Raises UsageError where ONNX Runtime is missing or cannot run
+    the model, OutputError where it cannot be exported.
     """
 
     def __init__(self, analysis: Analysis, target: Target, stages: Stages) -> None:
@@ -75,32 +80,35 @@ class Pace:
             raise UsageError(f"--latency {target.text}: the model has no {budget.METRICS['flops']} to save")
         self._analysis, self._stages, self._text = analysis, stages, target.text
         with stages.stage("latency"), tempfile.TemporaryDirectory(prefix="slimc-") as folder:
-            before = _measure(self._export(Path(folder), None), None).before_ms
-        assert before is not None
+            path = self._export(Path(folder), None)
+            before = _measure(path, None).before_ms
+            assert before is not None
+            times = shared_out(analysis.types, _operators(path), before)
+        self.cost = Model(analysis.types, analysis.grouping, times)
         self.limit = target.limit(before)
-        self._share = self.limit / before
+        self._before, self._share = before, self.limit / before
         stages.target(budget.describe(target, before))
 
     def start(self, limits: Mapping[str, float], floor: float) -> dict[str, float]:
-        """Limits to begin with: FLOPs in step with latency, which is seldom too few; never below the floor."""
-        full = float(self._analysis.full.macs)
-        return {**limits, "flops": min(limits.get("flops", full), max(floor, min(1.0, self._share) * full))}
+        """Limits to begin with: the target as if the estimate were right, but never below the floor."""
+        return {**limits, "latency": max(floor, min(self._before, self.limit))}
 
     def settle(
         self, limits: Mapping[str, float], floor: float, ceiling: float, cut_of: Callable[[dict[str, float]], Cut]
     ) -> Settled:
-        """The largest FLOPs limit from `floor` to `ceiling` whose cut is fast enough, to a few percent.
+        """The largest estimate from `floor` to `ceiling` whose cut is fast enough, to a few percent.
 
         cut_of: the cut within given limits. Raises UnreachableTarget.
         """
         fast: Trial | None = None
-        slow = [Trial(float(self._analysis.full.macs), 1.0)]
-        asked = min(max(limits["flops"], floor), ceiling)
+        slow = [Trial(self._before, 1.0)]
+        asked = min(max(limits["latency"], floor), ceiling)
         with tempfile.TemporaryDirectory(prefix="slimc-") as folder:
             clock = _Clock(self._export(Path(folder), None), partial(self._export, Path(folder)))
             for left in reversed(range(_TRIALS)):
-                timed = clock(cut_of({**limits, "flops": asked}))
-                self._stages.detail(f"{budget.amount('flops', asked)} FLOPs: {100 * timed.share:.1f}% of the time")
+                timed = clock(cut_of({**limits, "latency": asked}))
+                estimate = 100 * asked / self._before
+                self._stages.detail(f"estimated {estimate:.1f}% of the time, measured {100 * timed.share:.1f}%")
                 if timed.upper <= self._share or self._share >= 1:
                     fast = Trial(asked, timed.upper, timed)
                 else:
@@ -110,7 +118,7 @@ class Pace:
                         break
                     asked = max(floor, _lower(slow[-2], slow[-1], self._share)) if left > 1 else floor
                 else:
-                    if fast.flops >= min(ceiling, _NEAR * slow[-1].flops) or fast.share >= _NEAR * self._share:
+                    if fast.estimate >= min(ceiling, _NEAR * slow[-1].estimate) or fast.share >= _NEAR * self._share:
                         break
                     asked = min(ceiling, _between(fast, slow[-1], self._share))
         if fast is None:
@@ -123,7 +131,7 @@ class Pace:
         found = fast.timed
         assert found is not None
         result = TargetResult(self._share, found.share, found.before_ms, found.after_ms)
-        return Settled({**limits, "flops": fast.flops}, result)
+        return Settled({**limits, "latency": fast.estimate}, result)
 
     def _export(self, folder: Path, cut: Cut | None) -> Path:
         types, captured = self._analysis.types, self._analysis.captured
@@ -133,16 +141,16 @@ class Pace:
 
 
 def _lower(before: Trial, last: Trial, wanted: float) -> float:
-    """The FLOPs at which the line through two cuts that are too slow comes to what is wanted: a part of the way."""
-    slope = (before.share - last.share) / (before.flops - last.flops)
-    reached = last.flops - (last.share - _NEAR * wanted) / slope if slope > 0 else 0.0
-    return min(max(reached, _FURTHEST * last.flops), _NEAREST * last.flops)
+    """Where the line through two cuts that are too slow comes to what is wanted: a part of the way."""
+    slope = (before.share - last.share) / (before.estimate - last.estimate)
+    reached = last.estimate - (last.share - _NEAR * wanted) / slope if slope > 0 else 0.0
+    return min(max(reached, _FURTHEST * last.estimate), _NEAREST * last.estimate)
 
 
 def _between(fast: Trial, slow: Trial, wanted: float) -> float:
-    """The FLOPs at which the line from a cut that is fast enough to one that is not comes to what is wanted."""
+    """Where the line from a cut that is fast enough to one that is not comes to what is wanted."""
     part = (_NEAR * wanted - fast.share) / (slow.share - fast.share)
-    return fast.flops + min(max(part, _INSIDE), 1 - _INSIDE) * (slow.flops - fast.flops)
+    return fast.estimate + min(max(part, _INSIDE), 1 - _INSIDE) * (slow.estimate - fast.estimate)
 
 
 class _Clock:
@@ -162,6 +170,13 @@ class _Clock:
             lower = found.ci95[0] if found.ci95 else found.speedup
             self._known[key] = Timed(found.before_ms, found.after_ms, 1 / found.speedup, 1 / lower)
         return self._known[key]
+
+
+def _operators(path: Path) -> tuple[operators.Operator, ...]:
+    try:
+        return operators.measure(path, threads=torch.get_num_threads())
+    except NotMeasurable as error:
+        raise UsageError(f"--latency cannot be held, since nothing could be measured: {error}") from error
 
 
 def _measure(before: Path, after: Path | None) -> latency.LatencyResult:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .analysis import Analysis
 
 CostOf = Callable[[Widths], Costs]
-METRIC = {"flops": "macs", "params": "params", "size": "size", "memory": "memory"}
+METRIC = {"flops": "macs", "params": "params", "size": "size", "memory": "memory", "latency": "time"}
+"""The cost that each target limits."""
 _PROTECTED = 0.1
 
 _SMALL_SHARE = 1e-9

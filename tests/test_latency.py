@@ -13,7 +13,7 @@ from torch.export import Dim
 
 import slimc
 from slimc.errors import LoadError, UsageError
-from slimc.exporters import latency, machine
+from slimc.exporters import child, machine
 from slimc.exporters.formats import onnx as onnx_format
 from slimc.exporters.latency import LatencyResult, measure
 from slimc.exporters.paired import Timing
@@ -198,10 +198,10 @@ def test_a_busy_machine_is_noticed() -> None:
 def test_a_measuring_process_that_dies_or_hangs_is_a_reason_not_a_crash(
     slim: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "_CHILD", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(child, "_CHILD", "import os; os.kill(os.getpid(), 9)")
     assert "killed by signal 9" in (quick(slim).skipped or "")
-    monkeypatch.setattr(latency, "_CHILD", "import time; time.sleep(60)")
-    monkeypatch.setattr(latency, "_START_SECONDS", -4.0)
+    monkeypatch.setattr(child, "_CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(child, "_START_SECONDS", -4.0)
     assert "did not end" in (quick(slim).skipped or "")
 
 

@@ -1,4 +1,4 @@
-"""A latency target: the search for the FLOPs that are fast enough, and one real run."""
+"""A latency target: the search for the estimate that is fast enough, and one real run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def analysis() -> Analysis:
 
 @pytest.fixture
 def start(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[Pace, list[float]]]:
-    """A target on a machine that follows no clock: cuts are FLOPs limits, times follow `law`."""
+    """A target on a machine that follows no clock: cuts are limits of the estimate, times follow `law`."""
 
     def measured(before: Path, after: Path | None) -> LatencyResult:
         return LatencyResult("", "", 1, 1, before_ms=BEFORE)
@@ -67,10 +67,11 @@ def start(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
             def __call__(self, cut: float) -> Timed:
                 asked.append(cut)
-                share = law(cut / FULL)
+                share = law(cut / BEFORE)
                 return Timed(BEFORE, BEFORE * share, share, share * 1.01)
 
         monkeypatch.setattr(pace, "_measure", measured)
+        monkeypatch.setattr(pace, "_operators", lambda path: ())
         monkeypatch.setattr(pace, "_Clock", Clock)
         monkeypatch.setattr(Pace, "_export", lambda self, folder, cut: folder)
         return Pace(analysis, budget.parse("latency", text), Stages(None)), asked
@@ -78,58 +79,56 @@ def start(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     return make
 
 
-def flops(limits: dict[str, float]) -> Any:
-    return limits["flops"]
+def estimate(limits: dict[str, float]) -> Any:
+    return limits["latency"]
 
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("text", ["0.8", "5ms", "0.35"])
-def test_the_largest_limit_that_is_fast_enough_is_found(start: Any, law: str, text: str) -> None:
+def test_the_largest_estimate_that_is_fast_enough_is_found(start: Any, law: str, text: str) -> None:
     target, asked = start(text, LAWS[law])
     share = target.limit / BEFORE
-    settled = target.settle({"flops": share * FULL, "params": 7.0}, 0.01 * FULL, FULL, flops)
+    settled = target.settle({"latency": share * BEFORE, "params": 7.0}, 0.01 * BEFORE, BEFORE, estimate)
     assert settled.limits["params"] == 7.0
     assert settled.result.got * 1.01 <= settled.result.asked == pytest.approx(share)
     assert settled.result.after == pytest.approx(settled.result.got * BEFORE)
     assert len(asked) <= 8
     possible = max(x for x in np.linspace(0.01, 1, 2000) if LAWS[law](x) * 1.01 <= share)
-    assert settled.limits["flops"] >= 0.93 * possible * FULL or settled.result.got >= 0.95 * share
+    assert settled.limits["latency"] >= 0.93 * possible * BEFORE or settled.result.got >= 0.95 * share
 
 
 def test_what_has_gone_already_is_not_asked_back(start: Any) -> None:
     target, asked = start("0.8")
-    settled = target.settle({"flops": 0.8 * FULL}, 0.1 * FULL, 0.6 * FULL, flops)
-    assert asked == [0.6 * FULL]
-    assert settled.limits["flops"] == 0.6 * FULL
+    settled = target.settle({"latency": 0.8 * BEFORE}, 0.1 * BEFORE, 0.6 * BEFORE, estimate)
+    assert asked == [0.6 * BEFORE]
+    assert settled.limits["latency"] == 0.6 * BEFORE
 
 
 def test_a_target_below_the_smallest_cut_names_what_can_be_had(start: Any) -> None:
     target, asked = start("0.3", lambda share: 0.4 + 0.6 * share)
     with pytest.raises(UnreachableTarget, match=r"3 ms \(30% of the original\).* takes 4[67]\.\d% \(4\.6 ms\)"):
-        target.settle({"flops": 0.3 * FULL}, 0.1 * FULL, FULL, flops)
-    assert asked[-1] == 0.1 * FULL
+        target.settle({"latency": 0.3 * BEFORE}, 0.1 * BEFORE, BEFORE, estimate)
+    assert asked[-1] == 0.1 * BEFORE
 
 
 def test_the_last_trial_is_the_smallest_cut(start: Any) -> None:
     target, asked = start("0.5", lambda share: 0.49 if share <= 1e-6 else 0.51 + 1e-3 * share)
-    assert target.settle({"flops": 0.5 * FULL}, 1e-6 * FULL, FULL, flops).result.got == 0.49
+    assert target.settle({"latency": 0.5 * BEFORE}, 1e-6 * BEFORE, BEFORE, estimate).result.got == 0.49
     assert len(asked) <= 8
-    assert asked[-1] == 1e-6 * FULL
+    assert asked[-1] == 1e-6 * BEFORE
 
 
 def test_a_target_above_the_original_removes_nothing(start: Any) -> None:
     target, _ = start("20ms")
     begun = target.start({}, 0.0)
-    assert begun["flops"] == target._analysis.full.macs
-    assert target.settle({"flops": FULL}, 0.1 * FULL, FULL, flops).limits["flops"] == FULL
+    assert begun["latency"] == BEFORE
+    assert target.settle(begun, 0.1 * BEFORE, BEFORE, estimate).limits["latency"] == BEFORE
 
 
-def test_flops_begin_in_step_with_latency_but_where_they_can_be(start: Any) -> None:
+def test_the_search_begins_where_the_estimate_says_but_where_it_can_be(start: Any) -> None:
     target, _ = start("0.5")
-    whole = target._analysis.full.macs
-    assert target.start({"params": 3.0}, 0.0) == {"params": 3.0, "flops": 0.5 * whole}
-    assert target.start({"flops": 0.2 * whole}, 0.0) == {"flops": 0.2 * whole}
-    assert target.start({}, 0.7 * whole) == {"flops": 0.7 * whole}
+    assert target.start({"params": 3.0}, 0.0) == {"params": 3.0, "latency": 0.5 * BEFORE}
+    assert target.start({}, 0.7 * BEFORE) == {"latency": 0.7 * BEFORE}
 
 
 def test_the_same_cut_is_measured_once(analysis: Analysis, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -179,6 +178,7 @@ def test_all_targets_hold_together(monkeypatch: pytest.MonkeyPatch) -> None:
         return LatencyResult("", "", 1, 1, before_ms=10.0, after_ms=2.5, speedup=4.0)
 
     monkeypatch.setattr(pace, "_measure", measured)
+    monkeypatch.setattr(pace, "_operators", lambda path: ())
     monkeypatch.setattr(Pace, "_export", lambda self, folder, cut: folder)
     slim = slimc.compress(net(), torch.rand(2, 3, 8, 8), latency="9ms", flops=0.5, recover="none", round_to=1)
     assert slim.report.targets["flops"].got == pytest.approx(0.5, rel=0.02)

@@ -81,8 +81,8 @@ def _rate(done: int, steps: int) -> float:
 
 def _epochs(task: Task, samples: int) -> int:
     """As many as the arithmetic allows; 0 where those that are of use would take too long."""
-    whole = sum(c * math.prod(len(axis) for axis in axes) for c, axes in task.types.macs)
-    left = sum(c * math.prod(task.cut.shape(axes)) for c, axes in task.types.macs)
+    whole = sum(product.macs for product in task.types.macs)
+    left = sum(product.factor * math.prod(task.cut.shape(product.axes)) for product in task.types.macs)
     slim = left / whole if whole else 1.0
     most = _MOST_INVENTED if task.samples.invented else _MOST
     affordable = int(most / (max(task.work, 1.0) * (1 + 3 * slim) * samples))
