@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from .graph.infer import Types
 from .graph.resize import Cut
 from .report.model import GroupRow
 from .scores import Scores
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
 
 FORMAT = 1
 
@@ -139,6 +143,29 @@ class Plan:
         alive |= untouched
         _check_coupling(types, alive, masks)
         return alive
+
+    def edit(self, analysis: Analysis, groups: Mapping[str, Sequence[int]]) -> Plan:
+        """A plan in which these groups keep other channels, with all that goes with them; the rest as it is.
+
+        analysis: of a model that the plan fits (`slimc.inspect`). groups: by name, the positions in the group of the
+        channels that stay, as `scores` counts them. `slimc.apply` makes the cut. Raises PlanError.
+        """
+        types, alive = analysis.types, self.alive(analysis.types)
+        known = {group.name: group for group in analysis.groups}
+        for name, channels in groups.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1) or list(known)[:1]
+                raise PlanError(f"there is no group {name}" + (f"; did you mean {close[0]}?" if close else ""))
+            group, kept = known[name], sorted(int(channel) for channel in channels)
+            if len(kept) < group.floor:
+                raise PlanError(f"{name} would keep none of its {group.width} channels; at least 1 is needed")
+            if len(set(kept)) < len(kept) or (kept and not 0 <= kept[0] <= kept[-1] < group.width):
+                raise PlanError(f"{name}: channels are positions from 0 to {group.width - 1}, each once")
+            alive[group.variables] = False
+            alive[group.variables[kept]] = True
+        facts = {own.name: getattr(self, own.name) for own in fields(self)[3:]}  # all but the cut itself
+        facts |= {"attributes": None, "attributes_note": "the plan was edited; slimc.apply finds the sizes"}
+        return make(types, analysis.grouping, Cut(types, alive), **facts)
 
     def _check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, axes in self.kept.items():

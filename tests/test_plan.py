@@ -209,6 +209,43 @@ def test_a_member_left_out_of_an_edit_keeps_everything_and_is_named(slim: slimc.
     assert "bn1.bias, axis 0 keeps" in said
 
 
+def test_a_group_is_edited_with_all_that_goes_with_it(slim: slimc.Compressed) -> None:
+    analysis = slimc.inspect(residual(), INPUT)
+    stream = next(g for g in analysis.groups if any(m.tensor == "stem.weight" for m in g.members))
+    edited = slim.plan.edit(analysis, {stream.name: [7, 1, 2]})
+    for name, axis in (("stem.weight", 0), ("conv1.weight", 1), ("conv2.weight", 0), ("head.weight", 1)):
+        assert edited.kept[name][axis] == [1, 2, 7]
+    assert edited.kept["bn1.weight"] == slim.plan.kept["bn1.weight"]
+    assert (edited.scores, edited.source_sha256) == (slim.plan.scores, slim.plan.source_sha256)
+    assert edited.attributes is None
+    own = slimc.apply(residual(), edited, INPUT)
+    assert own.report.verification is not None
+    assert own.report.verification.passed
+    assert isinstance(own.module, Residual)
+    assert own.module.stem.out_channels == 3
+    whole = edited.edit(analysis, {g.name: range(g.width) for g in analysis.groups})
+    assert whole.kept == {}
+
+
+@pytest.mark.parametrize(
+    ("channels", "said"), [([], "keep none of its 8"), ([0, 8], "from 0 to 7"), ([-1], "from 0"), ([1, 1], "each once")]
+)
+def test_channels_that_a_group_does_not_have_are_refused(
+    slim: slimc.Compressed, channels: list[int], said: str
+) -> None:
+    analysis = slimc.inspect(residual(), INPUT)
+    name = next(g.name for g in analysis.groups if g.width == 8)
+    with pytest.raises(PlanError, match=said):
+        slim.plan.edit(analysis, {name: channels})
+
+
+def test_a_group_that_is_not_there_is_asked_about(slim: slimc.Compressed) -> None:
+    analysis = slimc.inspect(residual(), INPUT)
+    name = analysis.groups[0].name
+    with pytest.raises(PlanError, match=f"did you mean {name}"):
+        slim.plan.edit(analysis, {name[:-1]: [0]})
+
+
 def test_an_edit_that_cuts_the_models_output_is_refused(slim: slimc.Compressed) -> None:
     said = refusal(edited(slim.plan, head__bias={0: [0, 1, 2, 3]}))
     assert "head.bias, axis 0: index 4" in said
