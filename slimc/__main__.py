@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -69,6 +70,9 @@ def guarded(command: Callable[[], Any]) -> int:
         print("slimc: out of memory. Give a smaller example with --input, or run on a larger machine.", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print(f"slimc: {error.strerror} ({error.filename or 'where standard output goes'}).", file=sys.stderr)
+            return 2
         if os.environ.get("SLIMC_DEBUG"):
             raise
         print(

@@ -186,6 +186,13 @@ class Console:
                 f"(opset {report.onnx.opset}, {'any batch' if report.onnx.dynamic_batch else 'fixed batch'})",
                 soft_wrap=True,
             )
+        if report.selection is not None:
+            best = report.selection
+            self._out.print(
+                f"[green]✓[/green] exact selection keeps {100 * best.kept:.2f}% of the scores (the ranking "
+                f"{100 * best.greedy:.2f}%); no choice within the targets keeps more than {100 * best.bound:.2f}%",
+                soft_wrap=True,
+            )
         for step in report.recovery or ():
             mark = "[green]✓[/green]" if step.kept else "[dim]–[/dim]"
             line = recovery(step.method, step.detail, step.before, step.after, step.kept)

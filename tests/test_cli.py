@@ -229,6 +229,15 @@ def test_every_command_explains_itself_without_torch(command: list[str]) -> None
 # -- what does not ------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_no_fault_of_slimc(home: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "slimc", "methods"]
+        done = subprocess.run(command, cwd=home, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("slimc: No space left on device")
+
+
 REFUSED: dict[str, tuple[list[str], int, str]] = {
     "missing file": (["compress", "nothing.pt", "--flops=0.5", *INPUT], 2, "nothing.pt: no such file"),
     "text file": (["compress", "text.pt", "--flops=0.5", *INPUT], 2, "text.pt"),

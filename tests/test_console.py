@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+from torch import nn
+
+import slimc
 from slimc.console import Console
 
 
@@ -45,3 +50,17 @@ def test_without_a_terminal_a_long_stage_says_once_a_minute_how_far_it_is(
         "  tick, 80.0% FLOPs, 40% trained, 2:00 left",
         "✓ training 65.0 s",
     ]
+
+
+def test_exact_selection_says_what_it_kept_and_what_any_could(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    slim = slimc.compress(net, torch.randn(2, 4), flops=0.5, select="exact", recover="none", round_to=1)
+    Console(quiet=False, as_json=False).report(slim.report, tmp_path)
+    best = slim.report.selection
+    assert best is not None
+    shares = [f"{100 * share:.2f}%" for share in (best.kept, best.greedy, best.bound)]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "exact selection" in line)
+    assert [word.strip(");") for word in line.split() if "%" in word] == shares
