@@ -1,9 +1,9 @@
 """APoZ: a channel that is switched off most of the time matters little.
 
-Source: Hu et al., "Network Trimming" (2016): the average percentage of zeros of a ReLU's output O over N samples k and
-M positions j, APoZ = sum_k sum_j [O_j(k) = 0] / (N M); here its complement, so that more is better. A unit is off where
-the rectifier's input is not positive, which is the same for ReLU and ReLU6 and carries over to GELU, SiLU, Mish and
-hard swish.
+Source: Hu et al., "Network Trimming" (2016), equation 1: the average percentage of zeros of a ReLU's output O over N
+samples k and M positions j, APoZ = sum_k sum_j [O_j(k) = 0] / (N M); here its complement, so that more is better. A
+unit is off where the rectifier's input is not positive, which is the same for ReLU and ReLU6 and carries over to
+GELU, SiLU, Mish and hard swish.
 """
 
 from __future__ import annotations

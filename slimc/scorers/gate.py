@@ -1,8 +1,9 @@
 """Gate Decorator: how much the loss changes when a channel's gate closes, to first order.
 
-Source: You et al., "Gate Decorator" (NeurIPS 2019): the score is the sum over batches of |phi dL/dphi|, and coupled
-gates add up; with z = phi x, the product is that of value and gradient wherever the scale was put (after a batch norm
-it is gamma g_gamma + beta g_beta). HALP (Shen et al., NeurIPS 2022) sums coupled gates before the absolute value.
+Source: You et al., "Gate Decorator" (NeurIPS 2019): the score is the sum over batches of |phi dL/dphi| (equation 6),
+and coupled gates add up (equation 9); with z = phi x, the product is that of value and gradient wherever the scale was
+put (after a batch norm it is gamma g_gamma + beta g_beta). HALP (Shen et al., NeurIPS 2022) sums coupled gates before
+the absolute value.
 """
 
 from __future__ import annotations

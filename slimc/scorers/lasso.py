@@ -1,6 +1,6 @@
 """LASSO selection: the channels that survive the strongest pressure when the next layer's outputs are rebuilt.
 
-Source: He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017), the selection step:
+Source: He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017), equation 2:
 minimise 1/(2N) ||Y - sum of beta_i X_i W_i'||² + lambda ||beta||_1, with beta_i = 0 for channels that go. The target is
 what the group contributes, so biases stay out of it.
 """

@@ -1,9 +1,9 @@
 """ThiNet: the channels whose contributions to the next layer cancel or vanish go first.
 
-Source: Luo et al., "ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression" (ICCV 2017): remove,
-one by one, the channel that keeps sum_i (sum over removed j of x_ij)² smallest, x_ij what channel j contributes to the
-sampled output i. The paper draws one output channel at each sampled position; here all outputs of a position count,
-which is its expected value.
+Source: Luo et al., "ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression" (ICCV 2017), equation
+6 and algorithm 1: remove, one by one, the channel that keeps sum_i (sum over removed j of x_ij)² smallest, x_ij what
+channel j contributes to the sampled output i. The paper draws one output channel at each sampled position; here all
+outputs of a position count, which is its expected value.
 """
 
 from __future__ import annotations
