@@ -119,7 +119,7 @@ def choose(
             how = replace(how, alignment=choice.round_to)
             stages.detail(f"step {step + 1} of {count}")
             assert between is not None
-            subject = _fitted(analysis, _remove(analysis, alive, ranking, choice), subject, between)
+            subject = _fitted(analysis, _remove(analysis, alive, ranking.grouping, choice), subject, between)
             ranking = _rank(analysis, method, subject, limits, how)
             ranking.note(found)
 
@@ -135,17 +135,25 @@ def choose(
             settled = how.pace.settle(
                 limits, _least(analysis, ranking.grouping, how, ranking.kept_whole),
                 _time(_planned(analysis, ranking, others, how).costs),
-                lambda own: _remove(analysis, alive.copy(), ranking, planned(own)[0]),
+                lambda own: _remove(analysis, alive.copy(), ranking.grouping, planned(own)[0]),
             )  # fmt: skip
             limits, latency = settled.limits, settled.result
         choice, selection = planned(limits)
-        cut = _remove(analysis, alive, ranking, choice)
+        cut = _remove(analysis, alive, ranking.grouping, choice)
         return Chosen(cut, choice, latency, ranking.unscored, selection, count, found)
+
+
+def check_pace(analysis: Analysis, how: How) -> None:
+    """UnreachableTarget where even the smallest cut is too slow, before anything slow is done to find scores."""
+    if how.pace is not None:
+        smallest = planner.least(analysis.grouping, how.pace.cost, how.alignment, how.may_relax, how.ignored)
+        alive = np.ones(analysis.types.solution.variables, np.bool_)
+        how.pace.check(_time(smallest.costs), _remove(analysis, alive, analysis.grouping, smallest))
 
 
 def _least(analysis: Analysis, grouping: Grouping, how: How, kept_whole: Sequence[int]) -> float:
     """The estimated time of the smallest network that can be planned."""
-    return _time(planner.least(grouping, analysis.cost, how.alignment, how.may_relax, kept_whole))
+    return _time(planner.least(grouping, analysis.cost, how.alignment, how.may_relax, kept_whole).costs)
 
 
 def _time(costs: Costs) -> float:
@@ -175,9 +183,9 @@ def _planned(analysis: Analysis, ranking: _Ranking, limits: Mapping[str, float],
     )  # fmt: skip
 
 
-def _remove(analysis: Analysis, alive: npt.NDArray[np.bool_], ranking: _Ranking, choice: planner.Choice) -> Cut:
+def _remove(analysis: Analysis, alive: npt.NDArray[np.bool_], grouping: Grouping, choice: planner.Choice) -> Cut:
     """What is left when channels that were not chosen are marked in `alive` as gone."""
-    for group, kept in zip(ranking.grouping.groups, choice.kept, strict=True):
+    for group, kept in zip(grouping.groups, choice.kept, strict=True):
         alive[group.variables] = False
         alive[group.variables[kept]] = True
     return Cut(analysis.types, alive.copy())

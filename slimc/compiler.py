@@ -15,7 +15,7 @@ from . import budget, eager, planner, scores
 from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
-from .choose import BETWEEN, Chosen, How, check_norm, check_select, choose
+from .choose import BETWEEN, Chosen, How, check_norm, check_pace, check_select, choose
 from .describe import facts_of, report_of, results_of, versions, warnings_of
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
@@ -121,6 +121,8 @@ def compress(
     planner.check_reachable(
         analysis.grouping, analysis.cost, limits, round_to=alignment, may_relax=round_to == "auto", ignored=ignored
     )
+    options = How(normalise, select, alignment, round_to == "auto", ignored, pace)
+    check_pace(analysis, options)
     needed = bool(wanted) or (scorer != "auto" and scores.find(scorer).needs != "weights")
     calibration = gather(analysis, data, samples, seed, stages) if needed else None
     steps = recovery.possible(wanted, calibration)
@@ -132,7 +134,6 @@ def compress(
     fit = recovery.set_aside(calibration)[0] if calibration and steps else calibration
     fit = fit.with_more(extra) if fit and extra else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
-    options = How(normalise, select, alignment, round_to == "auto", ignored, pace)
     # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples. Few
     # samples fit layers too loosely for that: with 32 the result was further off than by a choice at once.
     enough = data is not None and calibration is not None and not _is_few(calibration)

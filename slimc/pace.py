@@ -8,7 +8,9 @@ interval.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +37,8 @@ _NEAR = 0.97
 """A cut that takes this share of what is allowed, or a search narrowed so far, is near enough."""
 _FURTHEST, _NEAREST = 0.3, 0.95
 """Shares of the last estimate between which the next ones are, while no cut is fast enough."""
+_DOUBT = 0.5
+"""A smallest cut whose estimate is above this share of what is allowed is measured before anything else is done."""
 _INSIDE = 0.2
 """A trial between two others is this part of their distance away from both: times go in stairs."""
 
@@ -78,16 +82,28 @@ class Pace:
     def __init__(self, analysis: Analysis, target: Target, stages: Stages) -> None:
         if not analysis.full.macs:
             raise UsageError(f"--latency {target.text}: the model has no {budget.METRICS['flops']} to save")
-        self._analysis, self._stages, self._text = analysis, stages, target.text
-        with stages.stage("latency"), tempfile.TemporaryDirectory(prefix="slimc-") as folder:
-            path = self._export(Path(folder), None)
+        self._stages, self._text = stages, target.text
+        folder = Path(tempfile.mkdtemp(prefix="slimc-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        with stages.stage("latency"):
+            path = _export(analysis, folder, None)
             before = _measure(path, None).before_ms
             assert before is not None
             times = shared_out(analysis.types, _operators(path), before)
+        self._clock = _Clock(path, partial(_export, analysis, folder))
         self.cost = Model(analysis.types, analysis.grouping, times)
         self.limit = target.limit(before)
         self._before, self._share = before, self.limit / before
         stages.target(budget.describe(target, before))
+
+    def check(self, estimate: float, smallest: Cut) -> None:
+        """Measure the smallest cut, unless its estimate leaves no doubt; raises UnreachableTarget."""
+        if estimate < _DOUBT * self.limit:
+            return
+        with self._stages.stage("latency"):
+            timed = self._clock(smallest)
+        if timed.upper > self._share:
+            raise self._unreachable(timed)
 
     def start(self, limits: Mapping[str, float], floor: float) -> dict[str, float]:
         """Limits to begin with: the target as if the estimate were right, but never below the floor."""
@@ -103,41 +119,43 @@ class Pace:
         fast: Trial | None = None
         slow = [Trial(self._before, 1.0)]
         asked = min(max(limits["latency"], floor), ceiling)
-        with tempfile.TemporaryDirectory(prefix="slimc-") as folder:
-            clock = _Clock(self._export(Path(folder), None), partial(self._export, Path(folder)))
-            for left in reversed(range(_TRIALS)):
-                timed = clock(cut_of({**limits, "latency": asked}))
-                estimate = 100 * asked / self._before
-                self._stages.detail(f"estimated {estimate:.1f}% of the time, measured {100 * timed.share:.1f}%")
-                if timed.upper <= self._share or self._share >= 1:
-                    fast = Trial(asked, timed.upper, timed)
-                else:
-                    slow.append(Trial(asked, timed.upper))
-                if fast is None:
-                    if asked <= floor:
-                        break
-                    asked = max(floor, _lower(slow[-2], slow[-1], self._share)) if left > 1 else floor
-                else:
-                    if fast.estimate >= min(ceiling, _NEAR * slow[-1].estimate) or fast.share >= _NEAR * self._share:
-                        break
-                    asked = min(ceiling, _between(fast, slow[-1], self._share))
+        for left in reversed(range(_TRIALS)):
+            timed = self._clock(cut_of({**limits, "latency": asked}))
+            estimate = 100 * asked / self._before
+            self._stages.detail(f"estimated {estimate:.1f}% of the time, measured {100 * timed.share:.1f}%")
+            if timed.upper <= self._share or self._share >= 1:
+                fast = Trial(asked, timed.upper, timed)
+            else:
+                slow.append(Trial(asked, timed.upper))
+            if fast is None:
+                if asked <= floor:
+                    break
+                asked = max(floor, _lower(slow[-2], slow[-1], self._share)) if left > 1 else floor
+            else:
+                if fast.estimate >= min(ceiling, _NEAR * slow[-1].estimate) or fast.share >= _NEAR * self._share:
+                    break
+                asked = min(ceiling, _between(fast, slow[-1], self._share))
         if fast is None:
-            raise UnreachableTarget(
-                f"--latency {self._text} asks for at most {budget.amount('latency', self.limit)} "
-                f"({100 * self._share:.3g}% of the original); the smallest cut that can be made takes "
-                f"{100 * timed.upper:.3g}% ({budget.amount('latency', timed.after_ms)}). Raise the target, or ignore "
-                "fewer layers."
-            )
+            raise self._unreachable(timed)
         found = fast.timed
         assert found is not None
         result = TargetResult(self._share, found.share, found.before_ms, found.after_ms)
         return Settled({**limits, "latency": fast.estimate}, result)
 
-    def _export(self, folder: Path, cut: Cut | None) -> Path:
-        types, captured = self._analysis.types, self._analysis.captured
-        path = folder / ("original.onnx" if cut is None else "slim.onnx")
-        onnx.export(program_of(captured.module if cut is None else rewrite(types, cut).module, captured), path)
-        return path
+    def _unreachable(self, smallest: Timed) -> UnreachableTarget:
+        return UnreachableTarget(
+            f"--latency {self._text} asks for at most {budget.amount('latency', self.limit)} "
+            f"({100 * self._share:.3g}% of the original); the smallest cut that can be made takes "
+            f"{100 * smallest.upper:.3g}% ({budget.amount('latency', smallest.after_ms)}). Raise the target, or ignore "
+            "fewer layers."
+        )
+
+
+def _export(analysis: Analysis, folder: Path, cut: Cut | None) -> Path:
+    captured = analysis.captured
+    path = folder / ("original.onnx" if cut is None else "slim.onnx")
+    onnx.export(program_of(captured.module if cut is None else rewrite(analysis.types, cut).module, captured), path)
+    return path
 
 
 def _lower(before: Trial, last: Trial, wanted: float) -> float:

@@ -86,10 +86,11 @@ def check_reachable(
     _search(grouping, cost, nothing, limits, round_to, may_relax, frozenset(ignored), None)
 
 
-def least(grouping: Grouping, cost: CostOf, round_to: int, may_relax: bool, ignored: Sequence[int]) -> Costs:
-    """The costs of the smallest network that can be planned."""
+def least(grouping: Grouping, cost: CostOf, round_to: int, may_relax: bool, ignored: Sequence[int]) -> Choice:
+    """The smallest network that can be planned, of whatever channels."""
     nothing = [np.zeros(group.width) for group in grouping.groups]
-    return cost(Search(grouping, cost, nothing, {}, 1 if may_relax else round_to, frozenset(ignored), None).smallest)
+    search = Search(grouping, cost, nothing, {}, 1 if may_relax else round_to, frozenset(ignored), None)
+    return search.result(search.smallest)
 
 
 def _search(

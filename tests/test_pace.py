@@ -73,7 +73,7 @@ def start(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
         monkeypatch.setattr(pace, "_measure", measured)
         monkeypatch.setattr(pace, "_operators", lambda path: ())
         monkeypatch.setattr(pace, "_Clock", Clock)
-        monkeypatch.setattr(Pace, "_export", lambda self, folder, cut: folder)
+        monkeypatch.setattr(pace, "_export", lambda analysis, folder, cut: folder)
         return Pace(analysis, budget.parse("latency", text), Stages(None)), asked
 
     return make
@@ -109,6 +109,16 @@ def test_a_target_below_the_smallest_cut_names_what_can_be_had(start: Any) -> No
     with pytest.raises(UnreachableTarget, match=r"3 ms \(30% of the original\).* takes 4[67]\.\d% \(4\.6 ms\)"):
         target.settle({"latency": 0.3 * BEFORE}, 0.1 * BEFORE, BEFORE, estimate)
     assert asked[-1] == 0.1 * BEFORE
+
+
+def test_the_smallest_cut_is_measured_at_once_where_it_may_be_too_slow(start: Any) -> None:
+    target, asked = start("0.5", lambda share: 0.2 + 0.8 * share)
+    target.check(0.2 * BEFORE, 0.2 * BEFORE)
+    assert asked == []  # far from the target
+    target.check(0.3 * BEFORE, 0.3 * BEFORE)
+    with pytest.raises(UnreachableTarget, match=r"takes 52\.5% \(5\.2 ms\)"):
+        target.check(0.4 * BEFORE, 0.4 * BEFORE)
+    assert asked == [0.3 * BEFORE, 0.4 * BEFORE]
 
 
 def test_the_last_trial_is_the_smallest_cut(start: Any) -> None:
@@ -173,14 +183,17 @@ def test_a_real_network_becomes_as_fast_as_asked() -> None:
     assert any("latency:" in line and "keep 60%, cut 40%" in line for line in said)
 
 
-def test_all_targets_hold_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("select", ["greedy", "exact"])
+def test_all_targets_hold_together(select: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(before: Path, after: Path | None) -> LatencyResult:
         return LatencyResult("", "", 1, 1, before_ms=10.0, after_ms=2.5, speedup=4.0)
 
     monkeypatch.setattr(pace, "_measure", measured)
     monkeypatch.setattr(pace, "_operators", lambda path: ())
-    monkeypatch.setattr(Pace, "_export", lambda self, folder, cut: folder)
-    slim = slimc.compress(net(), torch.rand(2, 3, 8, 8), latency="9ms", flops=0.5, recover="none", round_to=1)
+    monkeypatch.setattr(pace, "_export", lambda analysis, folder, cut: folder)
+    slim = slimc.compress(
+        net(), torch.rand(2, 3, 8, 8), latency="9ms", flops=0.5, recover="none", round_to=1, select=select
+    )
     assert slim.report.targets["flops"].got == pytest.approx(0.5, rel=0.02)
     assert slim.report.targets["flops"].met  # although 9 ms would leave room for more
     assert slim.report.targets["latency"].got == 0.25
