@@ -326,3 +326,41 @@ def test_obs_of_a_model_with_one_output_does_not_depend_on_batches() -> None:
         (found,) = score("obs", model, list(torch.split(x, size))).values()
         totals.append(found.sum())
     assert max(totals) < 3 * min(totals)  # random combinations; was 4 orders of magnitude
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_obs_sees_a_wide_layer_behind_a_flattened_map_as_a_convolution(
+    norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 6, 3, padding=1), *([nn.BatchNorm2d(6)] if norm else []), nn.ReLU()]
+    over_map, flat = nn.Conv2d(6, 10, 4), nn.Linear(96, 10)
+    with torch.no_grad():
+        flat.weight.copy_(over_map.weight.flatten(1))
+        flat.bias.copy_(over_map.bias)  # type: ignore[arg-type]
+    x = [torch.rand(16, 3, 4, 4) for _ in range(3)]
+    exact = score("obs", nn.Sequential(*first, nn.Flatten(), flat).eval(), x)
+    monkeypatch.setattr("slimc.scorers.obs._EXACT", 8)
+    monkeypatch.setattr("slimc.scorers.obs._WIDEST", 50)
+    (wide,) = score("obs", nn.Sequential(*first, nn.Flatten(), flat).eval(), x).values()
+    (convolved,) = score("obs", nn.Sequential(*first, over_map, nn.Flatten()).eval(), x).values()
+    np.testing.assert_allclose(wide, convolved, rtol=1e-4)
+    assert not np.allclose(wide, next(iter(exact.values())), rtol=1e-6)
+
+
+def test_obs_says_nothing_of_what_a_wide_layer_reads_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Last(nn.Module):
+        """Flattened with channels last."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(96, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(x).relu().permute(0, 2, 3, 1).flatten(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    monkeypatch.setattr("slimc.scorers.obs._WIDEST", 50)
+    monkeypatch.setattr("slimc.scorers.obs.eliminate", None)  # is not asked: its gate's gradient is taken
+    (found,) = score("obs", Last().eval(), [torch.rand(16, 3, 4, 4)]).values()
+    assert (found > 0).all()

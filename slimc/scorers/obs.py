@@ -42,7 +42,8 @@ _SMALL, _ROUNDS, _WIDE_ROUNDS, _SHARE_LEFT = 256, 32, 8, 32
 _EXACT = 640
 """Inputs of a convolution beyond which its taps are taken for independent."""
 _WIDEST = 6_144
-"""Inputs of a reader beyond which its second moments would take too much memory; it then says nothing."""
+"""Inputs of a reader beyond which its second moments would take too much memory. A linear layer behind a flattened map
+then sees channels, as a convolution does whose kernel covers the map; any other says nothing."""
 
 
 @scorer(
@@ -73,9 +74,13 @@ def obs(subject: Subject) -> list[Scores]:
     trained = moments_as_trained(module)
 
     def visit(node: Node, frontier: Frontier) -> None:
-        second, matrix = _second_moments(found[node], frontier, generator)
+        taps = _taps(subject, found[node])
+        second, matrix = _second_moments(found[node], taps, frontier, generator)
         if (known := trained.get(found[node].source)) is not None:
-            second = as_trained(second, known.square.to(second))
+            squares = known.square.to(second)
+            if len(squares) > second.shape[0] * second.shape[1]:
+                squares = squares.reshape(-1, taps).mean(1)  # of the places of a flattened map
+            second = as_trained(second, squares)
         second = _ridged(second)
         matrix = matrix * _per_row(sensitivity[node], matrix).sqrt()
         for number, part in _parts(subject, found[node], second, matrix):
@@ -96,19 +101,34 @@ def _channels(subject: Subject, reader: Reader) -> Any:
     axis = 1 if reader.kind.startswith("conv") else -1
     rows = subject.types.solution.factors(subject.types.values[reader.source][axis])
     results = subject.types.solution.factors(subject.types.values[reader.node][axis])
-    if not (rows >= 0).any() or reader.matrix(subject.types.captured.module).shape[2] > _WIDEST * _taps(
-        subject, reader
-    ):
+    taps = _taps(subject, reader)
+    if not (rows >= 0).any() or _inputs(subject, reader) > _WIDEST * taps:
         return None
+    if axis == -1:
+        rows = rows[::taps]
     if reader.groups > 1 and np.isin(rows[rows >= 0], results).all():
         return None  # a depthwise convolution: its output goes with its input
     return rows
 
 
+def _inputs(subject: Subject, reader: Reader) -> int:
+    return reader.matrix(subject.types.captured.module).shape[2]
+
+
 def _taps(subject: Subject, reader: Reader) -> int:
-    """Places of a convolution's kernel."""
-    weight: Tensor = attribute(subject.types.captured.module, reader.weight)
-    return weight[0, 0].numel() if reader.kind.startswith("conv") else 1
+    """Inputs of one channel that may be taken for independent of each other and alike.
+
+    Places of a convolution's kernel; of a linear layer that is too wide for all, places of the map that was flattened.
+    """
+    if reader.kind.startswith("conv"):
+        weight: Tensor = attribute(subject.types.captured.module, reader.weight)
+        return weight[0, 0].numel()
+    if _inputs(subject, reader) <= _WIDEST:
+        return 1
+    rows = subject.types.solution.factors(subject.types.values[reader.source][-1])
+    changes = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1
+    taps = int(changes[0]) if len(changes) else 1
+    return taps if len(rows) % taps == 0 and np.array_equal(changes, np.arange(taps, len(rows), taps)) else 1
 
 
 def _unread(subject: Subject, found: dict[Node, Reader]) -> dict[int, tuple[Node, int]]:
@@ -139,7 +159,7 @@ def _per_row(sensitivity: Tensor, matrix: Tensor) -> Tensor:
     return own.repeat_interleave(matrix.shape[1] // own.shape[1], dim=1)
 
 
-def _second_moments(reader: Reader, frontier: Frontier, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _second_moments(reader: Reader, taps: int, frontier: Frontier, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """E[x x^T] over places, [groups, n, n] in float64, and the weights as [groups, rows, n] to go with it.
 
     n is the reader's inputs; where a kernel makes these many, n is its input channels: the taps of the kernel are then
@@ -147,20 +167,22 @@ def _second_moments(reader: Reader, frontier: Frontier, generator: torch.Generat
     """
     module = frontier.module
     weight: Tensor = attribute(module, reader.weight).detach()
-    matrix = reader.matrix(module).double()
+    matrix = reader.matrix(module)
     groups, outputs, inputs = matrix.shape
-    results = frontier.of(reader.node)
-    taps = weight[0, 0].numel() if reader.kind.startswith("conv") else 1
+    convolves = reader.kind.startswith("conv")
+    matrix = matrix.to(torch.float64 if inputs <= _WIDEST or convolves else torch.float32)
+    values, results = frontier.of(reader.source), frontier.of(reader.node)
     merged = taps > 1 and inputs > _EXACT
     size = inputs // taps if merged else inputs
-    counts = [reader.places(value) for value in results]
+    counts = [value.numel() // (groups * size) for value in values] if merged else [*map(reader.places, results)]
     share = min(1.0, max(_FEWEST_ROWS, _ROWS_PER_INPUT * size) / sum(counts))
     total = torch.zeros(groups, size, size, dtype=torch.float64, device=weight.device)
     rows = 0
-    for value, result, count in zip(frontier.of(reader.source), results, counts, strict=True):
+    for value, result, count in zip(values, results, counts, strict=True):
         if merged:
-            flat = value.movedim(1, -1).reshape(-1, value.shape[1])
-            places = torch.randperm(len(flat), generator=generator)[: max(1, round(share * count))].to(weight.device)
+            flat = value.movedim(1, -1) if convolves else value.reshape(-1, size, taps).mT
+            flat = flat.reshape(-1, groups * size)
+            places = torch.randperm(count, generator=generator)[: max(1, round(share * count))].to(weight.device)
             x = flat[places].reshape(len(places), groups, size).transpose(0, 1)
         else:
             places = torch.randperm(count, generator=generator)[: max(1, round(share * count))].to(weight.device)
@@ -280,7 +302,8 @@ def _parts(subject: Subject, reader: Reader, second: Tensor, matrix: Tensor) -> 
             index = torch.tensor(own, device=matrix.device)
             index = (index[:, :, None] * each + torch.arange(each, device=matrix.device)).flatten()
             weights = matrix[block][:, index]
-            part = Part(inverse[block][index][:, index], weights.T @ weights, len(index) // len(own))
+            product = (weights.T @ weights).to(inverse)
+            part = Part(inverse[block][index][:, index], product, len(index) // len(own))
             found.append((number, part))
     return found
 
