@@ -5,7 +5,7 @@ attention or recurrence (a FLOP counter that counts additions apart gives twice 
 normalisations, activations and pooling are not counted. All costs are per sample. Activation memory is the
 largest sum of bytes of values that are alive at one moment when operators run one by one; views share the
 storage of what they view. Time is none of them: it is shared out among operators from what was measured (`Times`),
-and falls in step with each operator's multiply-accumulates, and with the sizes of all values.
+and falls in step with each operator's multiply-accumulates, and with the sizes of all values, down to what is fixed.
 """
 
 from __future__ import annotations
@@ -47,10 +47,14 @@ class Costs:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of the whole model's call: of each product of `Types.macs`, in their order, and of all the rest."""
+    """Milliseconds of the whole model's call.
+
+    products: of each of `Types.macs`, in their order. rest: of all other work. fixed: what no removal saves.
+    """
 
     products: npt.NDArray[np.float64]
     rest: float
+    fixed: float = 0.0
 
 
 class Model:
@@ -72,12 +76,12 @@ class Model:
         self._steps = int(self._death.max(initial=0)) + 2
         self._unused_params, self._unused_bytes = _unused(types)
         self._is_timed = times is not None
-        self._per_mac, self._per_byte = np.zeros(len(types.macs)), 0.0
+        self._per_mac, self._per_byte, self._fixed = np.zeros(len(types.macs)), 0.0, 0.0
         if times is not None:
             whole = np.array([product.macs for product in types.macs])
             self._per_mac = np.divide(times.products, whole, out=np.zeros(len(whole)), where=whole > 0)
             written = self._values(self.sizes(np.array([group.width for group in grouping.groups], np.int64))).sum()
-            self._per_byte = times.rest / written if written else 0.0
+            self._per_byte, self._fixed = times.rest / written if written else 0.0, times.fixed
 
     def __call__(self, widths: Widths | npt.NDArray[np.float64]) -> Costs:
         """Costs at these widths, one per group, whole or not."""
@@ -90,7 +94,7 @@ class Model:
             params=round(float(self._params(sizes).sum())) + self._unused_params,
             size=round(float(self._bytes(sizes).sum())) + self._unused_bytes,
             memory=float(np.cumsum(born - dead).max()) / self._batch,
-            time=float(macs @ self._per_mac + alive.sum() * self._per_byte) if self._is_timed else None,
+            time=float(self._fixed + macs @ self._per_mac + alive.sum() * self._per_byte) if self._is_timed else None,
         )
 
     def slopes(self, widths: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:

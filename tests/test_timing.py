@@ -70,16 +70,27 @@ def test_products_get_the_time_of_the_operators_that_they_became(analysis: Analy
         ),
         16.0,
     )  # fmt: skip
-    assert times.products == pytest.approx([8.0, 2.0, 4.0, 1.0, 0.6, 0.2])
-    assert times.rest == pytest.approx(0.2)
+    start = 2 * 0.02  # of each; the shortest operator takes longer than that
+    assert times.products == pytest.approx(np.array([8.0, 2.0, 4.0, 1.0, 0.6, 0.2]) - start)
+    assert times.rest == pytest.approx(0.2 - start)
+    assert times.fixed == pytest.approx(7 * start)
+
+
+def test_what_an_operator_takes_however_little_it_does_is_fixed(analysis: Analysis) -> None:
+    known = ran(("Conv", 0.108, DENSE, 1024), ("Conv", 0.058, DEPTHWISE, 256), ("Reshape", 0.008, None, 768))
+    times = timing.shared_out(analysis.types, known, 0.174)
+    assert times.products[:2] == pytest.approx([0.1, 0.05])
+    assert (times.rest, times.fixed) == pytest.approx((0.0, 0.024))
+    cost = Model(analysis.types, analysis.grouping, times)
+    assert cost(np.ones(len(analysis.groups), np.int64)).time == pytest.approx(0.024 + 0.1 / 16 + 0.05 / 16)
 
 
 def test_what_is_not_recognised_goes_to_the_products_left_over(analysis: Analysis) -> None:
-    known = ran(("Conv", 4.0, DENSE, 1024), ("Attention", 3.0, None, 768), ("Gemm", 1.0, 121, 10))
-    times = timing.shared_out(analysis.types, known, 8.0)
+    known = ran(("Conv", 4.02, DENSE, 1024), ("Attention", 3.02, None, 768), ("Gemm", 1.02, 121, 10))
+    times = timing.shared_out(analysis.types, known, 8.06)
     left = np.array([0, *PRODUCTS[1:]])
     assert times.products == pytest.approx([4.0, *(4.0 * left / left.sum())[1:]])
-    assert times.rest == 0.0
+    assert (times.rest, times.fixed) == pytest.approx((0.0, 0.06))
 
 
 def test_without_a_profile_time_goes_with_the_products(analysis: Analysis) -> None:
@@ -92,7 +103,7 @@ def test_products_that_are_alike_share() -> None:
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).eval()
     own = inspect(net, torch.zeros(2, 4, 8, 8))
     macs = 64 * 4 * 4 * 9
-    times = timing.shared_out(own.types, ran(("Conv", 1.0, macs, 256), ("Conv", 2.0, macs, 256)), 3.0)
+    times = timing.shared_out(own.types, ran(("Conv", 1.02, macs, 256), ("Conv", 2.02, macs, 256)), 3.04)
     assert times.products == pytest.approx([1.5, 1.5])
 
 
@@ -134,8 +145,8 @@ def test_every_product_of_a_real_file_is_recognised(analysis: Analysis, tmp_path
     assert [own.macs for own in found if own.kind == "ConvTranspose"] == [None]  # its weights are packed
     assert all(own.ms >= 0 for own in found)
     times = timing.shared_out(analysis.types, found, 1.0)
-    assert times.products.sum() + times.rest == pytest.approx(1.0)
-    assert (times.products > 0).all()
+    assert times.products.sum() + times.rest + times.fixed == pytest.approx(1.0)
+    assert (times.products >= 0).all()
 
 
 def test_a_file_that_cannot_run_is_refused(tmp_path: Path) -> None:
