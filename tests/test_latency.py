@@ -205,7 +205,8 @@ def test_a_measuring_process_that_dies_or_hangs_is_a_reason_not_a_crash(
     assert "did not end" in (quick(slim).skipped or "")
 
 
-def test_the_measuring_process_loads_no_torch() -> None:
-    code = "import sys, slimc.exporters.paired; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["paired", "operators"])
+def test_the_measuring_process_loads_no_torch(module: str) -> None:
+    code = f"import sys, slimc.exporters.{module}; sys.exit('torch' in sys.modules)"
     root = str(Path(slimc.__path__[0]).parent)
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
