@@ -272,6 +272,7 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "wrong shape": (["compress", "model.pt", "--flops=0.5", "--input=4x7"], 2, "(4, 7)"),
     "missing plan": (["apply", "model.pt", "none.json", *INPUT], 2, "none.json"),
     "broken plan": (["apply", "model.pt", "broken.json", *INPUT], 2, "broken.json is no JSON"),
+    "data and a graph": (["inspect", "model.pt", *INPUT, "--json", "--dot"], 2, "--json is a summary as data"),
     "inspecting nothing": (["inspect", "nothing.pt"], 2, "nothing.pt"),
     "measuring nothing": (["latency", "nothing.onnx"], 2, "nothing.onnx"),
 }  # fmt: skip

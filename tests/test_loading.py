@@ -72,6 +72,17 @@ def test_a_half_precision_model_becomes_single_precision_and_says_so(tmp_path: P
     assert any("half-precision" in note for note in loaded.notes)
 
 
+def test_only_a_model_in_double_precision_throughout_becomes_single_precision(tmp_path: Path) -> None:
+    loaded = load(saved(plain_network().double(), tmp_path))
+    assert {tensor.dtype for tensor in loaded.model.parameters()} == {torch.float32}
+    assert any("double-precision" in note for note in loaded.notes)
+    mixed = plain_network()
+    mixed[0].double()
+    loaded = load(saved(mixed, tmp_path))
+    assert loaded.model.get_parameter("0.weight").dtype == torch.float64
+    assert not any("precision" in note for note in loaded.notes)
+
+
 @pytest.mark.parametrize("key", ["model", "ema", "net"])
 def test_a_checkpoint_gives_the_module_inside(key: str, tmp_path: Path) -> None:
     model = plain_network()
