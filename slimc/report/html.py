@@ -105,7 +105,8 @@ def _speed_headline(report: Report) -> Headline:
         return Headline(title, "not measured", "no latency stage in this run", "plain")
     row = report.latency[0]
     low, high = row.ci95
-    place = f"{row.runtime} {text.provider(row.provider)}, batch {row.batch}, {row.threads} threads"
+    threads = f"{row.threads} thread" + ("s" if row.threads > 1 else "")
+    place = f"{row.runtime} {text.provider(row.provider)}, batch {row.batch}, {threads}"
     span = f"{row.speedup:.2f}× (95% interval {low:.2f} to {high:.2f})"
     if row.is_faster:
         note = f"95% interval {low:.2f} to {high:.2f}; {place}"
