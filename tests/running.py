@@ -15,6 +15,11 @@ from slimc.training.schedule import schedules
 from slimc.training.stream import kept_random_state, seed_all
 
 METHODS = sorted(schedules())
+BRIEF: dict[str, dict[str, Any]] = {
+    "meta": {"population": 4, "generations": 2, "hidden": 4},
+    "joint-search": {"networks": 2},
+}
+"""Settings under which a schedule does all that it does, in a moment."""
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -40,6 +45,7 @@ def begin(name: str = "tick-tock", **options: Any) -> Run:
     train, val = loaders()
     given: dict[str, Any] = {
         "flops": 0.5, "epochs": 4, "data": train, "val": val, "round_to": 1, "recover": "none",
+        "settings": BRIEF.get(name, {}),
     } | options  # fmt: skip
     return slimc.schedule(name, network(), torch.zeros(2, 1, 8, 8), **given)
 

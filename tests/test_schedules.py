@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scoring
 import torch
+from running import BRIEF
 from scheduled import (
     Plain,
     PreActivation,
@@ -39,7 +40,8 @@ from slimc.training.schedule import schedules
 def test_every_schedule_meets_the_budget_and_the_result_is_proven(name: str) -> None:
     model = scoring.build("resnet")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    run = begin(name, model, recipe=Recipe(rate=0.05, optimiser="sgd", precision="float32"), val=scoring.labelled(1))
+    recipe = Recipe(rate=0.05, optimiser="sgd", precision="float32")
+    run = begin(name, model, recipe=recipe, val=scoring.labelled(1), settings=BRIEF.get(name, {}))
     phases = [(phase.name, phase.epochs) for phase in run]
     slim = run.result
     assert run.share <= 0.5

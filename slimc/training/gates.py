@@ -123,7 +123,7 @@ def attach(
     """
     clipped: dict[str, float] = {}
     for place in found:
-        owners = [(*_owner(module, name), axis) for name, axis in place.tensors]
+        owners = [(*held_at(module, name), axis) for name, axis in place.tensors]
         tensors = [getattr(owner, last) for owner, last, _ in owners]
         before = None if carried is None else carried.get(place.name)
         phi = _seed(place, tensors[0]) if before is None else before[0]
@@ -173,7 +173,7 @@ def detach(module: nn.Module, found: tuple[Place, ...]) -> dict[str, tuple[Tenso
     for place in found:
         parts = [gate_of(module, place).detach().clone()]
         for name, _ in place.tensors:
-            owner, last = _owner(module, name)
+            owner, last = held_at(module, name)
             parts.append(attribute(owner, f"parametrizations.{last}.original").detach().clone())
             trains: bool = attribute(owner, f"parametrizations.{last}.0").trains
             parametrize.remove_parametrizations(owner, last, leave_parametrized=True)
@@ -184,7 +184,7 @@ def detach(module: nn.Module, found: tuple[Place, ...]) -> dict[str, tuple[Tenso
 
 def gate_of(module: nn.Module, place: Place) -> nn.Parameter:
     """The gate at a place."""
-    owner, last = _owner(module, place.name)
+    owner, last = held_at(module, place.name)
     gate: nn.Parameter = attribute(owner, f"parametrizations.{last}.0.phi")
     return gate
 
@@ -202,7 +202,8 @@ def plain_name(name: str) -> tuple[str, bool]:
     return owner + rest.split(".")[0], rest.endswith(".phi")
 
 
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def held_at(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and the tensor's name in it."""
     path, _, last = name.rpartition(".")
     for part in path.split(".") if path else ():
         child = module._modules.get(part)

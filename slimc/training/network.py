@@ -29,6 +29,7 @@ from slimc.samples import Samples
 from slimc.trainable import trainable
 
 from . import gates
+from .generator import Generator, affordable, generated
 from .heads import Heads
 
 Alive = npt.NDArray[np.bool_]
@@ -42,7 +43,7 @@ class Network:
     analysis: the model as it was given. alive: [variables] which channels are left. module: the user's class (or the
     graph, where that cannot take the sizes) with those channels, to be trained in place.
     optimiser: what the last phase's optimiser remembered; cut along with the weights. heads: auxiliary ones, on the
-    module as it is between two cuts.
+    module as it is between two cuts. generator: makes weights for other widths, before anything is cut.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -52,6 +53,7 @@ class Network:
         self.heads: Heads | None = None
         self._head_places: list[list[Any]] = []
         self._head_classes = 0
+        self.generator: Generator | None = None
         self.clipped: dict[str, float] = {}
         self.places = gates.places(analysis.types)
         self.gated = False
@@ -160,6 +162,18 @@ class Network:
         if self.heads is not None:
             self.heads.close()
         self.heads, self._head_places = None, []
+
+    def generate(self, hidden: int = 0) -> None:
+        """Put a generator of weights on, with so many hidden units; 0 for as many as are affordable."""
+        types = self.analysis.types
+        tensors = generated(types, self.analysis.grouping, self.cut_so_far, self.places)
+        self.generator = Generator(self.module, tensors, hidden or affordable(types, tensors))
+
+    def settle(self) -> None:
+        """Take the generator off, with the weights that it gives now; must be done before the next cut."""
+        if self.generator is not None:
+            self.generator.close()
+        self.generator, self.optimiser = None, {}
 
     def cut(self, alive: Alive, mend: Callable[[Task], None] | None = None, samples: Samples | None = None) -> None:
         """Remove every channel that is not in `alive`; weights, gates and the optimiser's memory follow.
@@ -283,6 +297,7 @@ class Network:
             "optimiser": self.optimiser,
             "heads": self._head_places,
             "classes": self._head_classes,
+            "generator": 0 if self.generator is None else self.generator.hidden,
         }
 
     def load(self, state: Mapping[str, object]) -> None:
@@ -302,6 +317,10 @@ class Network:
         assert isinstance(classes, int)
         if heads:
             self.add_heads(heads, classes)
+        hidden = state["generator"]
+        assert isinstance(hidden, int)
+        if hidden:
+            self.generate(hidden)
         for name, parameter in self.module.named_parameters():
             # In the memory layout that it had: other kernels would round differently.
             parameter.data = module[name].to(parameter).clone()
