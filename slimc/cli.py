@@ -110,7 +110,7 @@ def compress(
         compiler.alignment_of(round_to)
         check_norm(norm, scorer)
         check_select(select)
-        recovery.asked(recover)
+        recovery.asked(recover, trains=epochs is not None)
         training = _training_options(schedule, epochs, rate, batch_size, distil, settings, resume, data)
         one_cut: dict[str, Any] = {"norm": norm, "normalise": normalise, "select": select, "samples": samples}
         if training is not None and targets.pop("latency") is not None:
@@ -349,12 +349,14 @@ def _training_options(
             if value:
                 raise UsageError(f"{name} is for training: give --epochs too")
         return None
+    from .training.command import Training
+    from .training.schedule import find
+
+    find(schedule)
     if epochs is None:
         raise UsageError(f"--schedule {schedule} trains: give --epochs, how often it may see the data")
     if data is None:
         raise UsageError("--epochs trains with labels: give --data")
-    from .training.command import Training
-
     return Training(schedule, epochs, rate, batch_size, distil, settings or [], resume)
 
 

@@ -94,7 +94,9 @@ def compress(
         if norm != "l2" or normalise != "auto" or select != "greedy" or samples is not None:
             raise UsageError("norm, normalise, select and samples are for one cut without training; leave them out")
         from .training.api import schedule as start
+        from .training.schedule import find
 
+        find(schedule)
         if latency is not None:
             raise UsageError(PACED)
         if epochs is None:

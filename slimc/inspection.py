@@ -80,4 +80,14 @@ def methods() -> list[dict[str, str]]:
         {"kind": "recovery", "name": step.name, "summary": step.summary, "source": step.source, "needs": "inputs"}
         for step in recover.steps().values()
     )
+    about = "train with labels after the last cut, for what --epochs leaves; part of every schedule"
+    found.append(
+        {
+            "kind": "recovery",
+            "name": recover.FINETUNE,
+            "summary": about,
+            "source": "Li et al., ICLR 2017",
+            "needs": "labels",
+        }
+    )
     return found

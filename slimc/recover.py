@@ -63,7 +63,7 @@ class Step:
     run: Run
 
 
-REGISTRY = Registry[Step]("recovery step", "slimc.recovery", ("auto", "none"))
+REGISTRY = Registry[Step]("recovery step", "slimc.recovery", ("auto", "none", "finetune"))
 steps, find = REGISTRY.all, REGISTRY.find
 
 
@@ -81,8 +81,12 @@ AUTO = ("reconstruct", "bn", "distill")
 """What `--recover auto` tries, in order; each is kept only where it helps."""
 
 
-def asked(wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """The recovery steps that are asked for; ("auto",) stands for itself."""
+FINETUNE = "finetune"
+"""No step of its own: what a schedule does with labels for the epochs that are left after its last cut."""
+
+
+def asked(wanted: str | Sequence[str], *, trains: bool = False) -> tuple[str, ...]:
+    """The recovery steps that are asked for; ("auto",) stands for itself. trains: whether a schedule fine-tunes."""
     if not isinstance(wanted, (str, Sequence)):
         raise UsageError(f"recover is {wanted!r}; wanted auto, none or a list of steps")
     names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
@@ -92,9 +96,15 @@ def asked(wanted: str | Sequence[str]) -> tuple[str, ...]:
         return ("auto",)
     if alone := [name for name in names if name in ("auto", "none")]:
         raise UsageError(f"--recover {','.join(names)}: {alone[0]} stands alone; give it, or a list of steps")
-    for name in names:
+    if FINETUNE in names and not trains:
+        raise UsageError(
+            f"--recover {','.join(names)}: finetune trains with labels; give slimc compress --epochs, how often it may "
+            "see the data"
+        )
+    steps = tuple(name for name in names if name != FINETUNE)
+    for name in steps:
         find(name)
-    return tuple(names)
+    return steps
 
 
 def possible(wanted: Sequence[str], samples: Samples | None) -> tuple[str, ...]:

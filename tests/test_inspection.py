@@ -12,6 +12,7 @@ from slimc import recover, scores
 from slimc.analysis import Analysis
 from slimc.inspection import methods, prunable_params, summary
 from slimc.plan import Plan
+from slimc.training.schedule import schedules
 
 
 class Net(nn.Module):
@@ -92,6 +93,6 @@ def test_the_dependency_graph_links_groups_to_the_tensors_they_shrink(analysis: 
 def test_the_methods_listed_are_those_that_can_be_named() -> None:
     listed = {(row["kind"], row["name"]) for row in methods()}
     assert {name for kind, name in listed if kind == "scorer"} == set(scores.methods())
-    assert {name for kind, name in listed if kind == "recovery"} == set(recover.steps())
-    assert ("schedule", "one-shot") in listed
+    assert {name for kind, name in listed if kind == "recovery"} == {*recover.steps(), "finetune"}
+    assert {name for kind, name in listed if kind == "schedule"} == set(schedules())
     assert all(row["summary"] and row["source"] for row in methods())

@@ -56,7 +56,9 @@ def test_every_schedule_meets_the_budget_and_the_result_is_proven(name: str) -> 
     torch.testing.assert_close(outputs(slim.module), outputs(run.network.module), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["tick-tock", "soft", "csgd", "group-sparsity", "iterative", "lottery"])
+@pytest.mark.parametrize(
+    "name", ["tick-tock", "soft", "csgd", "group-sparsity", "iterative", "lottery", "joint-search"]
+)
 def test_the_same_seed_gives_the_same_weights(name: str) -> None:
     one, two = (begin(name, scoring.build("resnet"), epochs=1).result.module.state_dict() for _ in range(2))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
@@ -85,6 +87,14 @@ WRONG: Sequence[tuple[str, dict[str, Any], str]] = [
     ("lottery", {"fraction": 0}, "fraction"),
     ("lottery", {"fraction": 1}, "fraction"),
     ("scratch", {"same": "time"}, "same=time"),
+    ("meta", {"population": 0}, "population"),
+    ("meta", {"generations": -1}, "generations"),
+    ("meta", {"hidden": -1}, "hidden"),
+    ("meta", {"finetune": 2}, "finetune"),
+    ("joint-search", {"networks": 0}, "networks"),
+    ("joint-search", {"coarse": 0.8}, "coarse"),
+    ("joint-search", {"architecture": 1.5}, "architecture"),
+    ("joint-search", {"noise": -1}, "noise"),
 ]
 
 

@@ -49,7 +49,8 @@ def meta(
     """Train the generator, search, cut once, and fine-tune for that share of the epochs.
 
     hidden: units between widths and weights; 0 for 32, as published, and fewer in large networks. population: vectors
-    in each of the `generations` after the first (published: 50, 20). scratch: new random weights after the cut, as published.
+    in each of the `generations` after the first (published: 50, 20). scratch: new random weights after the cut, as
+    published.
     Raises UsageError where there are no labelled samples to compare vectors on.
     """
     demand(0, hidden=hidden, generations=generations)

@@ -133,7 +133,7 @@ def _check_data(
 
 
 def _mending(wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[str, ...]:
-    steps = recover.asked(wanted)
+    steps = recover.asked(wanted, trains=True)
     if steps == ("auto",):
         return MEND if data is not None else ()
     if steps and data is None:
