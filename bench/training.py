@@ -43,6 +43,7 @@ METHODS = (
     "tick-tock", "one-shot", "iterative", "tp:magnitude", "tp:iterative", "tp:group-sparsity", "tick-tock:none",
     "one-shot:none", "iterative:none", "group-sparsity", "group-sparsity:none", "slimming", "slimming:none", "soft",
     "soft:none", "csgd", "csgd:none", "resrep", "resrep:none", "dcp", "dcp:none", "lottery:none", "scratch:none",
+    "meta:none", "joint-search:none",
 )  # fmt: skip
 RECIPE = Recipe(rate=0.05)
 PUBLISHED = {"tick-tock": {"lift": "sum"}}

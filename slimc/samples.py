@@ -134,6 +134,16 @@ class Samples:
             found = [*found[:-1], Batch.joined([*found[-1:], *waiting], like)]
         return replace(self, batches=tuple(found))
 
+    def first(self, count: int) -> Samples:
+        """At most so many of them, where batches may be split; else the batches that begin before there are so many."""
+        found, left = [], count
+        for batch in self.batches:
+            if left <= 0:
+                break
+            found.append(batch if self.whole else batch[:left])
+            left -= batch.count
+        return replace(self, batches=tuple(found))
+
     def split(self, share: float) -> tuple[Samples, Samples]:
         """Two parts, the second with `share` of the samples: to fit on, and to judge by.
 

@@ -280,6 +280,11 @@ def test_a_model_without_operations_has_no_flops_to_cut() -> None:
         ({"flops": 0.5, "ignore": "conv1"}, "ignore='conv1': give a list"),
         ({"flops": 0.5, "device": "nonsense"}, "device nonsense cannot be used"),
         ({"flops": 0.5, "recover": "auto,bn"}, "auto stands alone"),
+        (
+            {"flops": 0.5, "recover": "bn,finetune"},
+            "--recover bn,finetune: finetune trains with labels; give slimc compress --epochs",
+        ),
+        ({"flops": 0.5, "schedule": "met"}, "no schedule 'met'; known: csgd"),
         ({"flops": 0.5, "recover": None}, "recover is None"),
         ({"flops": 0.5, "samples": 5.5}, "--samples 5.5"),
         ({"flops": 0.5, "round_to": 0}, "--round-to 0"),

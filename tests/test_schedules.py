@@ -264,6 +264,11 @@ def test_the_default_scorer_counts_on_the_fit_where_cuts_are_followed_by_one() -
     assert begin("tick-tock", seeded(Plain), recover="reconstruct").options.scorer == "magnitude"
 
 
+def test_fine_tuning_is_part_of_every_schedule_and_may_be_named_among_what_recovers() -> None:
+    assert begin("one-shot", seeded(Plain), recover="bn,finetune").options.mend == ("bn",)
+    assert begin("one-shot", seeded(Plain), recover="finetune").options.mend == ()
+
+
 @pytest.mark.parametrize(("scorer", "per_cost"), [("obs", True), ("magnitude", False)])
 def test_scores_in_one_unit_are_divided_by_what_a_channel_frees(scorer: str, per_cost: bool) -> None:
     run = begin("one-shot", seeded(Plain), scorer=scorer)

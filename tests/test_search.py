@@ -18,6 +18,8 @@ from slimc.graph.infer import attribute
 from slimc.schedules.joint_search import THRESHOLDS, ThresNet, _Search, kept
 from slimc.training import widths
 from slimc.training.gates import gates_of
+from slimc.training.judge import Judge
+from slimc.training.loop import evaluate
 from slimc.training.network import Network
 from slimc.training.run import Run
 
@@ -236,6 +238,28 @@ def test_samples_without_labels_are_refused_before_anything_is_trained(name: str
     images = [(x, None) for x, _ in scoring.labelled()]
     with pytest.raises(UsageError, match=r"let every batch be \(inputs, targets\)"):
         next(iter(begin(name, seeded(Wide), data=images, loss=lambda outputs, targets: outputs.sum())))
+
+
+def test_a_generator_has_no_accuracy_since_it_stands_for_many_networks() -> None:
+    run = begin("meta", seeded(Wide), settings=BRIEF["meta"], val=scoring.labelled(1))
+    found = {phase.name: phase.metrics["accuracy"] for phase in run}
+    assert found["generator"] is None
+    assert found["finetune"] is not None
+
+
+def test_networks_are_compared_on_at_most_256_samples_of_which_half_measure_norms() -> None:
+    run = begin("meta", seeded(Wide), data=scoring.labelled(90))
+    judge = Judge(run)
+    assert run.samples.count == 360
+    assert (judge._fit.count, judge._judge.count) == (128, 128)
+    wanted = -evaluate(
+        run.network.module, judge._judge.batches, lambda given, y: -float(nn.functional.cross_entropy(given, y))
+    )
+    assert judge() != pytest.approx(wanted)  # statistics of norms are measured first
+    again = -evaluate(
+        run.network.module, judge._judge.batches, lambda given, y: -float(nn.functional.cross_entropy(given, y))
+    )
+    assert judge() == pytest.approx(again)
 
 
 # -- joint search -------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ def meta(
     run: Run,
     *,
     hidden: int = 0,
-    population: int = 30,
-    generations: int = 8,
+    population: int = 20,
+    generations: int = 6,
     scratch: bool = False,
     finetune: float = 0.5,
 ) -> Iterator[Phase]:

@@ -8,7 +8,8 @@ from slimc.errors import UsageError
 from .loop import evaluate
 from .run import Run
 
-_JUDGED = 0.5
+_MOST, _JUDGED = 256, 0.5
+"""Networks are compared on the same samples, so that few tell them apart; and there are many to compare."""
 
 
 class Judge:
@@ -19,7 +20,7 @@ class Judge:
 
     def __init__(self, run: Run) -> None:
         self._network = run.network
-        self._fit, self._judge = run.samples.split(_JUDGED)
+        self._fit, self._judge = run.samples.first(_MOST).split(_JUDGED)
         if not run.samples.labelled:
             raise UsageError(f"--schedule {run.schedule.name} compares losses: let every batch be (inputs, targets)")
         self._loss = losses.cross_entropy if run.loss is None else losses.scalar(run.loss)

@@ -298,7 +298,9 @@ class Run:
     def measure(self, phase: Phase) -> float | None:
         """Validation accuracy at the end of a phase; short phases go unmeasured until half an epoch has passed."""
         self.spent += phase.epochs
-        if self._val is None or (phase.name != "finetune" and self.spent - self._measured_at < _MEASURED_EVERY):
+        if self._val is None or self.network.generator is not None:  # which stands for many networks
+            return None
+        if phase.name != "finetune" and self.spent - self._measured_at < _MEASURED_EVERY:
             return None
         self._measured_at = self.spent
         return self.accuracy_of(self.network.module)
