@@ -262,6 +262,21 @@ def test_networks_are_compared_on_at_most_256_samples_of_which_half_measure_norm
     assert judge() == pytest.approx(again)
 
 
+@pytest.mark.parametrize("name", ["meta", "joint-search"])
+def test_judging_changes_nothing_but_the_statistics_of_norms(name: str) -> None:
+    run = begin(name, seeded(Wide), settings=BRIEF[name], flops=0.2)
+    first(run, {"meta": "generator", "joint-search": "coarse"}[name]).train()
+    if name == "meta":
+        opened(run.network, fewer(run.network, *(5 for _ in run.network.analysis.groups)))
+    judge, before = Judge(run), snapshot(run.network.module)
+    found = judge()
+    assert all(torch.equal(value, before[key]) for key, value in snapshot(run.network.module).items())
+    assert judge() == pytest.approx(found, abs=1e-12)
+    # In training mode norms see the batch itself, which is as good as what was measured.
+    trained = [nn.functional.cross_entropy(run.network.module.train()(x), y).item() for x, y in scoring.labelled(1)]
+    assert found == pytest.approx(trained[0], abs=1)
+
+
 # -- joint search -------------------------------------------------------------------------------------
 
 

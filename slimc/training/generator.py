@@ -77,6 +77,8 @@ class Generator:
             torch.manual_seed(0)
             for part, last, own in self._tensors:
                 tensor = getattr(part, last)
+                # A parameter of its own: the graph of the same network goes on holding the old one.
+                setattr(part, last, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
                 parametrize.register_parametrization(part, last, _Weights(tensor, own, hidden), unsafe=True)
 
     def open(self, alive: npt.NDArray[np.bool_], shares: npt.NDArray[np.float64]) -> None:
