@@ -264,6 +264,14 @@ def test_the_default_scorer_counts_on_the_fit_where_cuts_are_followed_by_one() -
     assert begin("tick-tock", seeded(Plain), recover="reconstruct").options.scorer == "magnitude"
 
 
+@pytest.mark.parametrize("name", ["lottery", "scratch", "meta", "joint-search", "one-shot"])
+def test_what_is_said_to_have_been_fitted_was(name: str) -> None:
+    slim = begin(name, scoring.build("resnet"), recover="auto", settings=BRIEF.get(name, {})).result
+    wanted = ("reconstruct", "bn") if name == "one-shot" else ()
+    assert slim.report.training.mended == wanted
+    assert slim.plan.method["mended"] == list(wanted)
+
+
 def test_fine_tuning_is_part_of_every_schedule_and_may_be_named_among_what_recovers() -> None:
     assert begin("one-shot", seeded(Plain), recover="bn,finetune").options.mend == ("bn",)
     assert begin("one-shot", seeded(Plain), recover="finetune").options.mend == ()

@@ -44,6 +44,7 @@ _FORGETS = 0.5
     "joint-search",
     "a parameter for each channel is trained with the weights, in sub-networks that are sampled by it",
     "Lu et al., Joint Search-and-Training, IJCAI 2020",
+    mends=False,
 )
 def joint_search(
     run: Run,
@@ -83,7 +84,7 @@ def joint_search(
         rewards.append(learned["reward"])
         shares.append(sample["shares"].numpy())
     chosen = run.event("best", partial(search.best, shares[int(np.argmax(rewards))])).numpy()
-    run.cut(lambda: chosen, mends=False)
+    run.cut(lambda: chosen)
     run.merge()
     yield run.phase("finetune", run.left)
 

@@ -21,7 +21,10 @@ from slimc.training.schedule import demand, schedule
 
 
 @schedule(
-    "lottery", "train, cut the weakest channels, rewind the rest to where they began, repeat", "Frankle, ICLR 2019"
+    "lottery",
+    "train, cut the weakest channels, rewind the rest to where they began, repeat",
+    "Frankle, ICLR 2019",
+    mends=False,
 )
 def lottery(run: Run, *, fraction: float = 0.2) -> Iterator[Phase]:
     """Each round removes `fraction` of the channels that are left, by --scorer; the last one meets the budget."""
@@ -31,7 +34,7 @@ def lottery(run: Run, *, fraction: float = 0.2) -> Iterator[Phase]:
     run.keep("start")
     for number in range(1, count + 1):
         yield run.phase("train", each)
-        run.cut(partial(_weakest, run, fraction, number == count), mends=False)
+        run.cut(partial(_weakest, run, fraction, number == count))
         run.rewind("start")
     yield run.phase("finetune", run.left)
 

@@ -36,6 +36,7 @@ _SEARCH = 1_000_033
     "meta",
     "a network that makes weights for any widths is trained, and evolution searches the widths",
     "Liu et al., MetaPruning, ICCV 2019",
+    mends=False,
 )
 def meta(
     run: Run,
@@ -76,7 +77,7 @@ def meta(
             run.save(None)
     best = search.alive(found["genes"][0].numpy())
     run.event("settle", partial(search.end, best))
-    run.cut(lambda: best, mends=False)
+    run.cut(lambda: best)
     if scratch:
         run.event("draw", lambda: draw(run.network.module))
     else:

@@ -18,7 +18,12 @@ from slimc.training.schedule import schedule
 _RESETS = ("reset_parameters", "_reset_parameters")
 
 
-@schedule("scratch", "cut by --scorer, then train the smaller network from new random weights", "Liu et al., ICLR 2019")
+@schedule(
+    "scratch",
+    "cut by --scorer, then train the smaller network from new random weights",
+    "Liu et al., ICLR 2019",
+    mends=False,
+)
 def scratch(run: Run, *, same: str = "epochs") -> Iterator[Phase]:
     """One cut, new weights, training.
 
@@ -27,7 +32,7 @@ def scratch(run: Run, *, same: str = "epochs") -> Iterator[Phase]:
     """
     if same not in ("epochs", "arithmetic"):
         raise UsageError(f"--set same={same}: known are epochs and arithmetic")
-    run.cut(run.chosen, mends=False)
+    run.cut(run.chosen)
     run.event("draw", lambda: draw(run.network.module))
     if same == "arithmetic":
         run.extend(int(run.options.epochs / run.share))

@@ -67,19 +67,20 @@ def schedule(
 
     model, example_inputs, flops ... memory, ignore, round_to, seed, device: as for `compress`. epochs: the whole
     training budget over `data`, fine-tuning included. data: batches of (inputs, targets), readable again and again;
-    None where your own loop trains every phase. val: batches for the accuracy that is reported; nothing is chosen by
-    it unless the recipe says so. test: batches that are looked at once, for the report. loss: takes outputs and
-    targets, gives a mean; cross entropy if not given. metric: takes the same, larger is better; top-1 accuracy if not
-    given. recipe: how phases train. scorer: for schedules that take one; "auto" is `obs` for `one-shot` and `iterative`
-    where cuts are mended, else `magnitude`. recover: what is fitted without labels after every cut: "auto", "none" (the
-    method as it was published) or a list. settings: the method's own. folder: where the run is kept, so that `resume`
-    goes on with it. data_name: what the data is called; a run goes on with data of that name alone.
+    None where your own loop trains every phase. val: batches for the accuracy that is reported; nothing is chosen by it
+    unless the recipe says so. test: batches that are looked at once, for the report. loss: takes outputs and targets,
+    gives a mean; cross entropy if not given. metric: takes the same, larger is better; top-1 accuracy if not given.
+    recipe: how phases train. scorer: for schedules that take one; "auto" is `obs` for `one-shot` and `iterative` where
+    cuts are mended, else `magnitude`. recover: what is fitted without labels after every cut: "auto", "none" (the
+    method as it was published) or a list, for schedules that fit. settings: the method's own. folder: where the run is
+    kept, so that `resume` goes on with it. data_name: what the data is called; a run goes on with data of that name
+    alone.
     Raises UsageError, CaptureError, UnreachableTarget, and what `compress` raises when the result is built.
     """
     method = registry.find(name)
     own = method.settings(settings or {})
     targets = compiler.targets_of(flops=flops, params=params, size=size, memory=memory)
-    alignment, mend = compiler.alignment_of(round_to), _mending(recover, data)
+    alignment, mend = compiler.alignment_of(round_to), _mending(method, recover, data)
     compiler.check_seed(seed)
     if resume and folder is not None:
         RunFolder.check_resumable(Path(folder))
@@ -132,7 +133,7 @@ def _check_data(
             check_first(batches, analysis.captured.example, None if own else output_shape(analysis.types), source)
 
 
-def _mending(wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[str, ...]:
+def _mending(method: registry.Schedule, wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[str, ...]:
     steps = recover.asked(wanted, trains=True)
     if steps == ("auto",):
         return MEND if data is not None else ()
@@ -142,8 +143,8 @@ def _mending(wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[s
         raise UsageError(
             "distillation is part of a schedule's training: give --distil 0.5, or Recipe(distil=0.5) in Python, instead"
         )
-    for step in steps:
-        recover.find(step)
+    if steps and not method.mends:
+        raise UsageError(f"--schedule {method.name} fits nothing after cuts: leave --recover {','.join(steps)} out")
     return steps
 
 
@@ -154,7 +155,7 @@ def _compressed(
     network, options, analysis = run.network, run.options, run.analysis
     how = {
         "scorer": options.scorer, "schedule": run.schedule.name, "epochs": options.epochs, "seed": options.seed,
-        "round_to": options.round_to, "settings": dict(options.settings), "mended": list(options.mend),
+        "round_to": options.round_to, "settings": dict(options.settings), "mended": list(run.mend),
     }  # fmt: skip
     facts = facts_of(model, targets, options.limits, how)
     results = results_of(options.limits, analysis.full, network.costs)
@@ -167,7 +168,7 @@ def _compressed(
         slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
     settings = {key: str(value) for key, value in options.settings.items()}
     before = run.accuracy_of(analysis.model)
-    training = Training(run.schedule.name, options.epochs, before, settings, options.mend, tuple(run.history))
+    training = Training(run.schedule.name, options.epochs, before, settings, run.mend, tuple(run.history))
     accuracy = _accuracy(run, slim, test)
     slim.report = replace(slim.report, training=training, accuracy=accuracy, seconds=dict(run.stages.seconds))
     return slim

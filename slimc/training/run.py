@@ -161,6 +161,11 @@ class Run:
         return self.selection.meets(self.network.alive)
 
     @property
+    def mend(self) -> tuple[str, ...]:
+        """What is fitted after every cut."""
+        return self.options.mend if self.schedule.mends else ()
+
+    @property
     def left(self) -> float:
         """Epochs of the budget that are not spent."""
         return max(0.0, self.options.epochs - self.spent)
@@ -222,15 +227,15 @@ class Run:
         """Put back what `keep` remembered, at the channels that are left."""
         self.event("rewind", lambda: self.network.put(self._kept[name]))
 
-    def cut(self, choose: Callable[[], Alive], *, mends: bool = True) -> None:
-        """Remove every channel that is not chosen, and fit what is left if the user wants that."""
+    def cut(self, choose: Callable[[], Alive]) -> None:
+        """Remove every channel that is not chosen, and fit what is left if the method allows and the user wants it."""
         if self._journal.is_telling:
             self._journal.told("cut", lambda alive: setattr(self.network, "alive", alive.numpy()))
             return
         alive = torch.from_numpy(choose() & self.network.alive)
         workers.same([alive])
         with self.stages.stage("cut"), self.wish.listening():
-            self._apply(alive.numpy(), self.options.mend if mends else ())
+            self._apply(alive.numpy(), self.mend)
         self._journal.write("cut", alive)
         self.log({"event": "cut", "flops": self.share, "widths": self.network.widths.tolist()})
 

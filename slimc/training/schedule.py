@@ -27,6 +27,7 @@ class Schedule:
     """A method that trains and cuts, with its name, one line about it, and its source.
 
     fitted_scorer: the scorer that --scorer is by default where layers are fitted after cuts; else it is magnitude.
+    mends: whether layers may be fitted after its cuts; not where what is left is put back, drawn anew, or as it was.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Schedule:
     source: str
     plan: Plan
     fitted_scorer: str
+    mends: bool
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The method's own settings, checked; text is read as the type of the default."""
@@ -77,11 +79,13 @@ _REGISTRY = Registry[Schedule]("schedule", "slimc.schedules")
 schedules, find = _REGISTRY.all, _REGISTRY.find
 
 
-def schedule(name: str, summary: str, source: str, fitted_scorer: str = "magnitude") -> Callable[[Plan], Plan]:
+def schedule(
+    name: str, summary: str, source: str, fitted_scorer: str = "magnitude", *, mends: bool = True
+) -> Callable[[Plan], Plan]:
     """Register a schedule under the name that users type."""
 
     def register(function: Plan) -> Plan:
-        _REGISTRY.add(Schedule(name, summary, source, function, fitted_scorer))
+        _REGISTRY.add(Schedule(name, summary, source, function, fitted_scorer, mends))
         return function
 
     return register
