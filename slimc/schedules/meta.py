@@ -30,6 +30,8 @@ from slimc.training.widths import Genes
 from .scratch import draw
 
 _SEARCH = 1_000_033
+_RATE = 0.1
+"""Of the generator, as a share of the peak: it starts at trained weights, which other widths at every step disturb."""
 
 
 @schedule(
@@ -68,7 +70,7 @@ def meta(
         search.draw(int(steps))
 
     epochs = (1 - finetune) * run.options.epochs
-    yield run.phase("generator", epochs, hooks=Hooks(before_step=other), tally={"steps": steps})
+    yield run.phase("generator", epochs, rate=_RATE, hooks=Hooks(before_step=other), tally={"steps": steps})
     found: Mapping[str, Tensor] = {}
     for number in range(generations + 1):
         found = run.event("generation", partial(search.generation, number, population, found))
