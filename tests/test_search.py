@@ -104,13 +104,13 @@ def test_hidden_units_become_fewer_where_the_generator_would_be_large(monkeypatc
     run = begin("meta", seeded(Wide))
     run.network.generate()
     assert run.network.generator is not None
-    assert run.network.generator.hidden == 32
+    assert run.network.generator.hidden == 4
     run.network.settle()
     weights = 16 * 3 * 9 + 12 * 16 * 9 + 16 * 12 * 9 + 2 * (16 + 12 + 16)
-    monkeypatch.setattr("slimc.training.generator._LARGEST", 5 * weights + 1)
+    monkeypatch.setattr("slimc.training.generator._LARGEST", 3 * weights + 1)
     run.network.generate()
     assert run.network.generator is not None
-    assert run.network.generator.hidden == 5
+    assert run.network.generator.hidden == 3
 
 
 def test_every_step_of_training_sees_other_widths_at_the_budget() -> None:

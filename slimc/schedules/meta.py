@@ -51,7 +51,7 @@ def meta(
 ) -> Iterator[Phase]:
     """Train the generator, search, cut once, and fine-tune for that share of the epochs.
 
-    hidden: units between widths and weights; 0 for 32, as published, and fewer in large networks. population: vectors
+    hidden: units between widths and weights; 0 for 4 (published: 32), fewer in large networks. population: vectors
     in each of the `generations` after the first (published: 50, 20). scratch: new random weights after the cut, as
     published.
     Raises UsageError where there are no labelled samples to compare vectors on.

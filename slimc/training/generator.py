@@ -24,8 +24,9 @@ from slimc.graph.resize import Cut
 from .gates import Place, held_at
 from .gates import places as places_of
 
-HIDDEN, _LARGEST = 32, 150_000_000
-"""Units as published, fewer for networks whose generator would have more weights than this."""
+HIDDEN, _LARGEST = 4, 150_000_000
+"""Units (32 as published: that many times the network's weights, all of which are trained), fewer for networks whose
+generator would have more weights than this."""
 
 
 @dataclass(frozen=True)
