@@ -65,7 +65,7 @@ def joint_search(
     """
     demand(1, networks=networks)
     demand(0, 1, finetune=finetune, architecture=architecture)
-    demand(0, 1 - finetune, coarse=coarse)
+    demand(0, round(1 - finetune, 9), coarse=coarse)
     demand(0, penalty=penalty, noise=noise, rate=rate)
     lifts.check_reachable(run.network, run.network.places, run.selection)
     search = _Search(run, rate)
