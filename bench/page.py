@@ -67,14 +67,19 @@ def header(threads: int | None = None, rows: Sequence[Mapping[str, Any]] = ()) -
     memory = f", {here.memory_bytes / 2**30:.0f} GiB of memory" if here.memory_bytes else ""
     used = f"; {threads} threads used" if threads else ""
     place = f"{processor()}, {here.logical_cores} logical cores{memory}{used}"
+    script, date = _script(sys.argv[0]), datetime.date.today().isoformat()
+    command = f"`python -m {shlex.join([script, *_arguments(sys.argv[1:])])}`"
     if rows:
+        date = max(row["date"] for row in rows)
+        options = f"{script.replace('.', '/')}.py"
+        command = f"`python -m {script}`, a few rows at a time; its options are at the top of {options}"
         place = ", ".join(f"{name} ({count} rows)" for name, count in Counter(r["machine"] for r in rows).most_common())
     return "\n".join(
         [
-            f"- Date: {datetime.date.today().isoformat()}",
+            f"- Date: {date}",
             f"- Machine: {place}",
             f"- Versions: {', '.join(found)}",
-            f"- Command: `python -m {shlex.join([_script(sys.argv[0]), *_arguments(sys.argv[1:])])}`",
+            f"- Command: {command}",
         ]
     )
 
