@@ -185,9 +185,9 @@ def apply(
     with stages.stage("plan"):
         cut = Cut(analysis.types, plan.alive(analysis.types))
     method = plan.method
-    names = [str(method.get(key, "plan")) for key in ("scorer", "schedule")]
+    scorer = method.get("scorer", "plan")
     numbers = [value if isinstance(value := method.get(key), int) else 1 for key in ("round_to", "seed")]
-    chosen = Method(names[0], names[1], numbers[0], numbers[1])
+    chosen = Method(None if scorer is None else str(scorer), str(method.get("schedule", "plan")), *numbers)
     facts = {
         "targets": plan.targets, "method": method, "versions": versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip

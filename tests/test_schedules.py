@@ -30,6 +30,7 @@ from torch import nn
 import slimc
 from slimc.errors import UnreachableTarget, UsageError
 from slimc.graph.infer import attribute
+from slimc.report import render_html
 from slimc.training.recipe import Recipe
 from slimc.training.schedule import schedules
 
@@ -270,6 +271,11 @@ def test_what_is_said_to_have_been_fitted_was(name: str) -> None:
     wanted = ("reconstruct", "bn") if name == "one-shot" else ()
     assert slim.report.training.mended == wanted
     assert slim.plan.method["mended"] == list(wanted)
+    ranked = {"one-shot": "obs", "joint-search": None}.get(name, "magnitude")
+    assert slim.report.method.scorer == slim.plan.method["scorer"] == ranked
+    model = scoring.build("resnet", seed=1)
+    assert slimc.apply(model, slim.plan, scoring.pictures(2)).report.method.scorer == ranked
+    assert ("none: the schedule has numbers of its own" in render_html(slim.report)) == (ranked is None)
 
 
 def test_fine_tuning_is_part_of_every_schedule_and_may_be_named_among_what_recovers() -> None:

@@ -222,9 +222,9 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Method:
-    """How the cut was chosen."""
+    """How the cut was chosen. scorer: None where the schedule has numbers of its own."""
 
-    scorer: str
+    scorer: str | None
     schedule: str
     round_to: int
     seed: int

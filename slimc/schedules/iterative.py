@@ -20,6 +20,7 @@ from slimc.training.schedule import demand, schedule
     "cut by --scorer in steps with training between, then fine-tuning",
     "Molchanov et al., ICLR 2017",
     "obs",
+    ranks=True,
 )
 def iterative(run: Run, *, steps: int = 10, finetune: float = 0.5) -> Iterator[Phase]:
     """`steps` cuts, each to the same share of what is left; finetune: share of the epochs after the last one."""

@@ -24,6 +24,7 @@ from slimc.training.schedule import demand, schedule
     "lottery",
     "train, cut the weakest channels, rewind the rest to where they began, repeat",
     "Frankle, ICLR 2019",
+    ranks=True,
     mends=False,
 )
 def lottery(run: Run, *, fraction: float = 0.2) -> Iterator[Phase]:

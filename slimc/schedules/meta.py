@@ -38,6 +38,7 @@ _RATE = 0.1
     "meta",
     "a network that makes weights for any widths is trained, and evolution searches the widths",
     "Liu et al., MetaPruning, ICCV 2019",
+    ranks=True,
     mends=False,
 )
 def meta(

@@ -9,7 +9,9 @@ from slimc.training.run import Run
 from slimc.training.schedule import schedule
 
 
-@schedule("one-shot", "one cut by --scorer, then fine-tuning", "Li et al., Pruning Filters, ICLR 2017", "obs")
+@schedule(
+    "one-shot", "one cut by --scorer, then fine-tuning", "Li et al., Pruning Filters, ICLR 2017", "obs", ranks=True
+)
 def one_shot(run: Run) -> Iterator[Phase]:
     """Cut to the budget at once and train what is left for all epochs."""
     run.cut(run.chosen)

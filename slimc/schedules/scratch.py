@@ -22,6 +22,7 @@ _RESETS = ("reset_parameters", "_reset_parameters")
     "scratch",
     "cut by --scorer, then train the smaller network from new random weights",
     "Liu et al., ICLR 2019",
+    ranks=True,
     mends=False,
 )
 def scratch(run: Run, *, same: str = "epochs") -> Iterator[Phase]:

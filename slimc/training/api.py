@@ -86,6 +86,8 @@ def schedule(
         RunFolder.check_resumable(Path(folder))
     if not epochs > 0:
         raise UsageError(f"epochs is {epochs}; it must be above 0")
+    if scorer != "auto" and not method.ranks:
+        raise UsageError(f"--schedule {name} chooses channels by numbers of its own: leave --scorer {scorer} out")
     if scorer == "auto":
         scorer = method.fitted_scorer if mend else "magnitude"
     chosen = scores.find(scorer)
@@ -153,13 +155,14 @@ def _compressed(
 ) -> Compressed:
     """The trained network as the result of one cut of the original: proven, described, with its plan."""
     network, options, analysis = run.network, run.options, run.analysis
+    scorer = options.scorer if run.schedule.ranks else None
     how = {
-        "scorer": options.scorer, "schedule": run.schedule.name, "epochs": options.epochs, "seed": options.seed,
+        "scorer": scorer, "schedule": run.schedule.name, "epochs": options.epochs, "seed": options.seed,
         "round_to": options.round_to, "settings": dict(options.settings), "mended": list(run.mend),
     }  # fmt: skip
     facts = facts_of(model, targets, options.limits, how)
     results = results_of(options.limits, analysis.full, network.costs)
-    method = Method(options.scorer, run.schedule.name, options.round_to, options.seed)
+    method = Method(scorer, run.schedule.name, options.round_to, options.seed)
     warnings = [
         f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"
         for place, moved in network.clipped.items()

@@ -27,7 +27,8 @@ class Schedule:
     """A method that trains and cuts, with its name, one line about it, and its source.
 
     fitted_scorer: the scorer that --scorer is by default where layers are fitted after cuts; else it is magnitude.
-    mends: whether layers may be fitted after its cuts; not where what is left is put back, drawn anew, or as it was.
+    ranks: whether it chooses by --scorer, not by numbers of its own. mends: whether layers may be fitted after its
+    cuts; not where what is left is put back, drawn anew, or as it was.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Schedule:
     source: str
     plan: Plan
     fitted_scorer: str
+    ranks: bool
     mends: bool
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,12 +82,12 @@ schedules, find = _REGISTRY.all, _REGISTRY.find
 
 
 def schedule(
-    name: str, summary: str, source: str, fitted_scorer: str = "magnitude", *, mends: bool = True
+    name: str, summary: str, source: str, fitted_scorer: str = "magnitude", *, ranks: bool = False, mends: bool = True
 ) -> Callable[[Plan], Plan]:
     """Register a schedule under the name that users type."""
 
     def register(function: Plan) -> Plan:
-        _REGISTRY.add(Schedule(name, summary, source, function, fitted_scorer, mends))
+        _REGISTRY.add(Schedule(name, summary, source, function, fitted_scorer, ranks, mends))
         return function
 
     return register
