@@ -202,7 +202,6 @@ def test_training_stops_early_where_the_recipe_says_so(tmp_path: Path) -> None:
         ({"settings": {"tiks": 3}}, UsageError, "--set tiks.*ticks"),
         ({"settings": {"ticks": "many"}}, UsageError, "--set ticks=many"),
         ({"recover": "distill"}, UsageError, "Recipe"),
-        ({"scorer": "obs"}, UsageError, "tick-tock chooses channels by numbers of its own: leave --scorer obs out"),
         ({"name": "lottery", "recover": "bn"}, UsageError, "lottery fits nothing after cuts: leave --recover bn out"),
         ({"data": iter([])}, UsageError, "only once"),
         ({"data": [torch.zeros(4, 1, 8, 8)]}, UsageError, "no labels"),

@@ -278,6 +278,11 @@ def test_what_is_said_to_have_been_fitted_was(name: str) -> None:
     assert ("none: the schedule has numbers of its own" in render_html(slim.report)) == (ranked is None)
 
 
+def test_a_scorer_that_a_schedule_does_not_use_is_said_to_be_unused() -> None:
+    slim = begin("joint-search", seeded(Wide), scorer="fpgm", settings=BRIEF["joint-search"]).result
+    assert any("--scorer fpgm was not used" in warning for warning in slim.report.warnings)
+
+
 def test_fine_tuning_is_part_of_every_schedule_and_may_be_named_among_what_recovers() -> None:
     assert begin("one-shot", seeded(Plain), recover="bn,finetune").options.mend == ("bn",)
     assert begin("one-shot", seeded(Plain), recover="finetune").options.mend == ()

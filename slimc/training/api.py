@@ -86,8 +86,9 @@ def schedule(
         RunFolder.check_resumable(Path(folder))
     if not epochs > 0:
         raise UsageError(f"epochs is {epochs}; it must be above 0")
+    notes = []
     if scorer != "auto" and not method.ranks:
-        raise UsageError(f"--schedule {name} chooses channels by numbers of its own: leave --scorer {scorer} out")
+        notes.append(f"--scorer {scorer} was not used: the schedule {name} chooses channels by numbers of its own")
     if scorer == "auto":
         scorer = method.fitted_scorer if mend else "magnitude"
     chosen = scores.find(scorer)
@@ -112,7 +113,7 @@ def schedule(
     )
 
     def finish(run: Run) -> Compressed:
-        return _compressed(run, model, targets, model_name, test)
+        return _compressed(run, model, targets, model_name, test, notes)
 
     return Run(
         method, analysis, options, data=data, val=val, loss=loss, metric=metric, stages=stages,
@@ -151,7 +152,12 @@ def _mending(method: registry.Schedule, wanted: str | Sequence[str], data: Itera
 
 
 def _compressed(
-    run: Run, model: nn.Module, targets: Sequence[Target], name: str | None, test: Iterable[Any] | None
+    run: Run,
+    model: nn.Module,
+    targets: Sequence[Target],
+    name: str | None,
+    test: Iterable[Any] | None,
+    notes: Sequence[str],
 ) -> Compressed:
     """The trained network as the result of one cut of the original: proven, described, with its plan."""
     network, options, analysis = run.network, run.options, run.analysis
@@ -163,7 +169,7 @@ def _compressed(
     facts = facts_of(model, targets, options.limits, how)
     results = results_of(options.limits, analysis.full, network.costs)
     method = Method(scorer, run.schedule.name, options.round_to, options.seed)
-    warnings = [
+    warnings = list(notes) + [
         f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"
         for place, moved in network.clipped.items()
     ]
