@@ -46,7 +46,7 @@ class Run:
 
     analysis: the model as given. data: training batches, readable again and again; None only where the caller trains
     every phase. val: batches that nothing is chosen on but what `Recipe.keep` and `patience` say. finish: makes the
-    result of a run that has ended.
+    result of a run that has ended. mend: the recovery steps after every cut.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Run:
         resume: bool = False,
     ) -> None:
         self.schedule, self.analysis, self.options = schedule, analysis, options
+        self.mend = options.mend if schedule.mends else ()
         self.network = Network(analysis)
         self.selection = Selection(self.network, options.limits, options.round_to, options.may_relax, options.ignored)
         self.history: list[TrainingPoint] = []
@@ -123,7 +124,7 @@ class Run:
 
     def _pass(self) -> Iterator[Phase]:
         with self._alone():
-            checkpoint = workers.from_first(self._start)
+            checkpoint = workers.from_first(lambda: self.folder.start(self._resume) if self.folder else None)
             if checkpoint is not None:
                 self.history = [TrainingPoint(**point) for point in checkpoint["history"]]
                 self._journal.recall(checkpoint)
@@ -159,11 +160,6 @@ class Run:
     def reached(self) -> bool:
         """Whether every budget holds."""
         return self.selection.meets(self.network.alive)
-
-    @property
-    def mend(self) -> tuple[str, ...]:
-        """What is fitted after every cut."""
-        return self.options.mend if self.schedule.mends else ()
 
     @property
     def left(self) -> float:
@@ -303,9 +299,8 @@ class Run:
     def measure(self, phase: Phase) -> float | None:
         """Validation accuracy at the end of a phase; short phases go unmeasured until half an epoch has passed."""
         self.spent += phase.epochs
-        if self._val is None or self.network.generator is not None:  # which stands for many networks
-            return None
-        if phase.name != "finetune" and self.spent - self._measured_at < _MEASURED_EVERY:
+        soon = phase.name != "finetune" and self.spent - self._measured_at < _MEASURED_EVERY
+        if self._val is None or soon or self.network.generator is not None:  # which stands for many networks
             return None
         self._measured_at = self.spent
         return self.accuracy_of(self.network.module)
@@ -361,9 +356,6 @@ class Run:
             )
         if self.folder is not None and (phase.name == "finetune" or phase.epochs >= 1 or self.is_due()):
             self.save(None)
-
-    def _start(self) -> dict[str, Any] | None:
-        return None if self.folder is None else self.folder.start(self._resume)
 
     def _heed(self, phase: Phase, value: Mapping[str, Any]) -> None:
         """What a phase left behind that is not trained again."""

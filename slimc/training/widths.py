@@ -1,5 +1,4 @@
-"""Widths as a vector of shares, one for each group: from shares to channels that meet a budget, and a search for good
-ones by evolution.
+"""Widths as shares, one for each group: what they leave at a budget, and a search for good ones by evolution.
 
 A vector says how wide groups are to each other; the budget says how wide they are. So every vector is a network that
 meets the budget to the last channel, and none has to be thrown away for being too large.
