@@ -30,12 +30,15 @@ from .rewrite import rewrite, shapes_agree
 from .samples import Samples, affordable, collect, made_up
 from .synthetic import synthetic
 from .trainable import trainable
+from .varied import variants
 from .verify import mixed_input, random_inputs, verify
 
 __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
 
-_FEW = 128
-"""Fewer samples than this leave layers with more inputs than they show: others are made up beside them."""
+_FEW, _MANY = 128, 256
+"""Beside fewer samples than these, variants of them are fitted on as well; beside the fewest, made-up ones too."""
+_VARIANTS = 4
+"""Of each sample; fewer in models that take long."""
 _LARGEST_SEED = 2**62  # torch takes 64 bits with a sign, and seeds are added to
 PACED = (
     "--latency is for one cut without training. Find the FLOPs that are fast enough with one cut (its report tells), "
@@ -131,10 +134,10 @@ def compress(
     method = scores.find(scorer if scorer != "auto" else "obs" if calibration else "magnitude")
     if method.needs != "weights" and calibration is None:
         raise UsageError(f"--scorer {method.name} needs --data: its samples cannot be made up for these inputs")
-    extra = _beside(analysis, data, calibration, seed, stages) if steps and method.needs != "labels" else None
+    extra = _beside(analysis, data, calibration, seed, stages) if steps and method.needs != "labels" else []
     # What judges recovery is not scored on.
     fit = recovery.set_aside(calibration)[0] if calibration and steps else calibration
-    fit = fit.with_more(extra) if fit and extra else fit
+    fit = fit.with_more(extra) if fit else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
     # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples. Few
     # samples fit layers too loosely for that: with 32 the result was further off than by a choice at once.
@@ -322,32 +325,31 @@ def gather(
         fixed = captured.batch if captured.dynamic_shapes is None else None
         with stages.stage("data"):
             return collect(data, captured.example, limit or affordable(analysis.work), fixed)
-    if limit is None:
-        return _invented(analysis, seed, stages)
+    count = made_up(analysis.work) if limit is None else limit
+    if not count:
+        return None
     with stages.stage("synthesise"):
-        return synthetic(captured, limit, analysis.work, seed)
+        return synthetic(captured, count, analysis.work, seed)
 
 
 def _beside(
     analysis: Analysis, data: Iterable[Any] | None, calibration: Samples | None, seed: int, stages: Stages
-) -> Samples | None:
-    """What is made up beside the user's samples where these are few."""
-    few = data is not None and calibration is not None and _is_few(calibration)
-    return _invented(analysis, seed, stages) if few else None
+) -> list[Samples]:
+    """What is made up beside the user's samples where they are few: variants of pictures; of very few, others too."""
+    enough = affordable(analysis.work)
+    if data is None or calibration is None or calibration.count >= min(_MANY, max(enough, _FEW)):
+        return []
+    with stages.stage("synthesise"):
+        own = recovery.set_aside(calibration)[0]
+        found = [variants(own, min(_VARIANTS * own.count, 3 * enough - calibration.count), seed)]
+        if _is_few(calibration) and (count := made_up(analysis.work)):
+            found.append(synthetic(analysis.captured, count, analysis.work, seed))
+    return [samples for samples in found if samples]
 
 
 def _is_few(samples: Samples) -> bool:
     """Whether samples are too few to fit every layer on."""
     return samples.count < _FEW
-
-
-def _invented(analysis: Analysis, seed: int, stages: Stages) -> Samples | None:
-    """Pictures or tokens made up, as many as are quick."""
-    count = made_up(analysis.work)
-    if not count:
-        return None
-    with stages.stage("synthesise"):
-        return synthetic(analysis.captured, count, analysis.work, seed)
 
 
 def _remarks(analysis: Analysis, method: scores.Method, chosen: Chosen, alignment: int, unfitted: bool) -> list[str]:

@@ -109,13 +109,13 @@ class Compressed:
         if self.module is not self.graph:
             _copy_tensors(self.graph, self.module)
 
-    def fit(self, steps: Sequence[str], samples: Samples, extra: Samples | None = None) -> None:
+    def fit(self, steps: Sequence[str], samples: Samples, extra: Sequence[Samples] = ()) -> None:
         """Run recovery steps on most of the samples; each is undone unless it brings the outputs nearer on the rest.
 
         extra: made up, to fit on as well, never to judge by.
         """
         fitted, judged = recover.set_aside(samples)
-        fitted = fitted.with_more(extra) if extra else fitted
+        fitted = fitted.with_more(extra)
         self.synchronise()
         with self.stages.stage("recover"), evaluating(self.graph):
             judge = recover.Judge(self.analysis.captured.module, judged)

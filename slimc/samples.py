@@ -114,10 +114,15 @@ class Samples:
             return self.examples()
         return (batch[at : at + most].example for batch in self.batches for at in range(0, batch.count, most))
 
-    def with_more(self, others: Samples) -> Samples:
-        """Both sets together; what was made up is named in the source, and labels are those of the first set alone."""
-        source = f"{self.count} samples of {self.source} and {others.count} {others.source}"
-        return replace(self, batches=(*self.batches, *others.batches), source=source)
+    def with_more(self, others: Sequence[Samples]) -> Samples:
+        """All sets together; what was made up is named in the source, and labels are those of the first set alone."""
+        if not others:
+            return self
+        source = " and ".join(
+            [f"{self.count} samples of {self.source}", *(f"{other.count} {other.source}" for other in others)]
+        )
+        batches = (batch for other in (self, *others) for batch in other.batches)
+        return replace(self, batches=tuple(batches), source=source)
 
     def joined(self, least: int, like: Example) -> Samples:
         """The same samples in batches of at least `least`, as far as there are so many and batches may be joined."""

@@ -24,11 +24,11 @@ from .graph.infer import attribute
 from .graph.rule import arguments, operator_name
 from .recovery.bn import is_reestimated
 from .samples import Batch, Samples
+from .varied import is_picture
 
 _SHAPES = 120
 _SMALLEST = 0.03
 """Radius of the smallest shape, as a share of the picture's side; the largest is the whole side."""
-_CHANNELS = (1, 3)
 _BATCH = 64
 _MATCHING_ROUNDS = 40
 _FEWEST_ROUNDS = 10
@@ -51,7 +51,7 @@ def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Sam
     if captured.dynamic_shapes is None:
         sizes = [step] * len(sizes)
     generator, whole = np.random.default_rng(seed), captured.dynamic_shapes is None
-    if len(tensors) == 1 and _is_picture(tensors[0]):
+    if len(tensors) == 1 and is_picture(tensors[0]):
         device = tensors[0].device
         made = [dead_leaves(size, tuple(tensors[0].shape[1:]), generator).to(device) for size in sizes]
         source = "synthetic pictures of overlapping shapes"
@@ -69,15 +69,6 @@ def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Sam
             True,
         )
     return None
-
-
-def _is_picture(tensor: Tensor) -> bool:
-    return (
-        tensor.dim() == 4
-        and tensor.dtype == torch.float32
-        and tensor.shape[1] in _CHANNELS
-        and min(tensor.shape[2:]) >= 8
-    )
 
 
 def dead_leaves(count: int, shape: tuple[int, ...], generator: np.random.Generator) -> Tensor:

@@ -427,10 +427,13 @@ def test_few_samples_are_joined_by_made_up_ones_that_nothing_is_judged_by() -> N
     slim = slimc.compress(seeded(Block), data[:2], data=[data], **options)
     again = slimc.apply(seeded(Block), slim.plan, data[:2], data=[data], recover="reconstruct")
     few = slim.report.calibration
-    many = slimc.compress(seeded(Block), data[:2], data=[noise(200, 3, 8, 8, seed=1)], **options).report.calibration
+    many = slimc.compress(seeded(Block), data[:2], data=[noise(256, 3, 8, 8, seed=1)], **options).report.calibration
     assert few is not None
     assert many is not None
-    assert (few.judged, few.fitted) == (6, 26 + 256)
-    assert few.source.startswith("26 samples of --data and 256 synthetic pictures")
-    assert (many.judged, many.fitted, many.source) == (40, 160, "--data")
+    some = slimc.compress(seeded(Block), data[:2], data=[noise(200, 3, 8, 8, seed=1)], **options).report.calibration
+    assert some is not None
+    assert (few.judged, few.fitted) == (6, 26 + 104 + 256)
+    assert few.source.startswith("26 samples of --data and 104 variants of them and 256 synthetic pictures")
+    assert (some.judged, some.fitted, some.source) == (40, 160 + 640, "160 samples of --data and 640 variants of them")
+    assert (many.judged, many.fitted, many.source) == (51, 205, "--data")
     assert again.report.calibration == few

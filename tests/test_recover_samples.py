@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import slimc
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
-from slimc.recovery.distill import _moved, _rectangles, _varied
 from slimc.samples import Batch, Samples, set_apart
 
 
@@ -181,37 +180,6 @@ def test_progress_tells_the_stages_in_order_and_the_target_both_ways() -> None:
     stages = [text for kind, text in told if kind == "stage"]
     assert stages == ["capture", "infer", "score", "plan", "rewrite", "verify"]
     assert any("keep 50%, cut 50%" in text for _, text in told)
-
-
-def test_varied_pictures_are_made_of_the_batch_alone_and_come_back_the_same_for_a_seed() -> None:
-    pictures = torch.rand(16, 3, 24, 17, generator=torch.Generator().manual_seed(0))
-    known = set(pictures.flatten().tolist())
-    pasted = 0
-    for seed in range(12):
-        (found,), (again,) = (
-            _varied(Example.of(pictures), torch.Generator().manual_seed(seed)).tensors() for _ in range(2)
-        )
-        assert torch.equal(found, again)
-        assert found.shape == pictures.shape
-        assert float(found.min()) >= float(pictures.min())
-        assert float(found.max()) <= float(pictures.max())
-        pasted += set(found.flatten().tolist()) <= known
-    assert 4 <= pasted < 12, "some are pasted or only moved, some blended"
-
-
-def test_pictures_are_moved_by_up_to_an_eighth_with_border_pixels_repeated() -> None:
-    row = torch.arange(16.0).expand(3, 1, 16, 16)
-    shift = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.5, 0.2]])
-    moved = _moved(row, shift)[:, 0, 0]
-    assert moved[0].tolist() == [*range(2, 16), 15, 15]
-    assert moved[1].tolist() == [0, *range(15)]
-    assert moved[2].tolist() == list(range(16))
-
-
-def test_what_is_pasted_covers_a_quarter_to_three_quarters() -> None:
-    area, across, down = torch.rand(3, 200, generator=torch.Generator().manual_seed(0))
-    share = _rectangles(area, across, down, 64, 48).double().mean((1, 2))
-    assert torch.allclose(share, 0.25 + 0.5 * area.double(), atol=0.03)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])

@@ -6,8 +6,7 @@ keep their statistics, so that what is trained is what is deployed.
 
 Sources: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), with squared differences of
 logits, which is their limit of high temperature (section 2.1); Romero et al., "FitNets" (ICLR 2015), equation 3, for
-values inside; Zhang et al., "mixup" (ICLR 2018) and Yun et al., "CutMix" (ICCV 2019) for the mixing. How parameters
-move is in `optimiser`.
+values inside. How samples are mixed is in `varied`, how parameters move in `optimiser`.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from slimc.lockstep import trainable_at_once
 from slimc.onednn import Guard
 from slimc.recover import Task, step
 from slimc.recovery.optimiser import Optimiser, matrices
+from slimc.varied import varied
 
 EPOCHS = 100
 _MOST, _MOST_INVENTED = 2e13, 4e12
@@ -34,8 +34,6 @@ _FEWEST_EPOCHS = 10
 """Fewer do harm: after 6, EfficientNet-Lite0 was further off on pictures unlike those that it was fitted on."""
 _BATCH = 32
 _WARMUP = 0.1
-_PASTED, _BLENDED = 0.75, 0.5
-"""The share of batches of pictures that are pasted into each other (others are blended); of other floats, blended."""
 
 
 @step(
@@ -62,7 +60,7 @@ def distill(task: Task) -> str:
         for done in range(steps):
             if done % len(batches) == 0:
                 order = torch.randperm(len(batches), generator=generator).tolist()
-            example = _varied(batches[order[done % len(batches)]], generator)
+            example = varied(batches[order[done % len(batches)]], generator)
             _loss(task, example, wanted).backward()  # type: ignore[no-untyped-call]
             optimiser.step(_rate(done, steps))
             task.tick(done + 1, steps)
@@ -130,57 +128,3 @@ def _relative(value: Tensor, goal: Tensor) -> Tensor:
     """The squared error as a share of the goal's variance."""
     spread = goal.var(correction=0) if goal.numel() > 1 else torch.ones((), device=goal.device)
     return functional.mse_loss(value, goal) / spread.clamp_min(1e-12)
-
-
-def _varied(example: Example, generator: torch.Generator) -> Example:
-    """Pictures are moved and mirrored, each its own way, and floats mixed in pairs; whatever else stays as it is."""
-    tensors = example.tensors()
-    count = len(tensors[0])
-    if not all(t.is_floating_point() and len(t) == count for t in tensors):
-        return example
-    mirror = torch.rand(count, generator=generator) < 0.5
-    shift = torch.rand(2, count, generator=generator) * 2 - 1
-    kind = float(torch.rand((), generator=generator))
-    order = torch.randperm(count, generator=generator)
-    share, across, down = torch.rand(3, count, generator=generator)
-
-    def vary(tensor: Tensor) -> Tensor:
-        device = tensor.device
-        other = order.to(device)
-        if tensor.dim() == 4:
-            tensor = torch.where(mirror.to(device)[:, None, None, None], tensor.flip(3), tensor)
-            tensor = _moved(tensor, shift.to(device))
-            if kind < _PASTED:
-                inside = _rectangles(share, across, down, tensor.shape[2], tensor.shape[3])
-                return torch.where(inside.to(device)[:, None], tensor[other], tensor)
-        if tensor.dim() == 4 or kind < _BLENDED:
-            weight = 0.5 * share.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
-            tensor = (1 - weight) * tensor + weight * tensor[other]
-        return tensor
-
-    return example.map(vary)
-
-
-def _moved(pictures: Tensor, shift: Tensor) -> Tensor:
-    """Pictures moved by up to an eighth of their sides, shift [2, count] from -1 to 1; border pixels are repeated."""
-    places = []
-    for size, own in zip(pictures.shape[2:], shift, strict=True):
-        steps = (own * (size // 8)).round().long()
-        places.append((torch.arange(size, device=pictures.device) + steps[:, None]).clamp(0, size - 1))
-    rows, columns = places
-    picture = torch.arange(len(pictures), device=pictures.device)
-    moved = pictures.movedim(1, 3)[picture[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return moved.movedim(3, 1).contiguous()
-
-
-def _rectangles(area: Tensor, across: Tensor, down: Tensor, height: int, width: int) -> Tensor:
-    """[count, height, width] whether a pixel is in a rectangle of a quarter to three quarters of the picture."""
-    side = (0.25 + 0.5 * area).sqrt()
-
-    def inside(size: int, place: Tensor) -> Tensor:
-        length = (side * size).round()
-        start = (place * (size - length + 1)).floor()
-        pixels = torch.arange(size)
-        return (pixels >= start[:, None]) & (pixels < (start + length)[:, None])
-
-    return inside(height, down)[:, :, None] & inside(width, across)[:, None, :]

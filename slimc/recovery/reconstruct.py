@@ -38,6 +38,8 @@ WIDEST = 6_144
 _WIDE_NUMBERS = 32_000_000
 """At most so many inputs of a reader beyond that are gathered, in fewer rows than it has inputs."""
 _JUDGED = 0.2
+_ROUNDING = 1e-6
+"""A share of a layer's values that float32 does not tell from nothing."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def _fit(
     fitted, judged = (Moments(groups, inputs, outputs, matrix.device) for _ in range(2))
     wide = torch.float64 if inputs <= WIDEST else torch.float32
     apart = set_apart([len(value) for value in before.of(old)], _JUDGED)
+    lost = size = 0.0
     for number, (value, source) in enumerate(zip(before.of(old), after.of(reader.source), strict=True)):
         target = task.cut.select(value, axes)
         spatial = target.shape[2:]
@@ -146,7 +149,11 @@ def _fit(
                 now = now + bias.to(wide)
             goal = tail.goal(reader, number, reader.results(target, part).to(wide), part)
             residual = (goal - now) * tail.answers
+            lost, size = lost + float(residual.square().sum()), size + float(goal.square().sum())
             moments.add(x, residual.reshape(len(part), groups, outputs).transpose(0, 1))
+    if lost <= _ROUNDING**2 * size:  # nothing before it has changed
+        tally.unchanged += 1
+        return
     if not fitted.count:
         fitted = judged
     importance = tail.gain.square().to(wide).reshape(groups, outputs)
