@@ -12,7 +12,6 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Tried penalties, as shares of the mean diagonal of the normal equations."""
 _WIDE = 256
-_PIECE = 4096
 
 
 class Moments:
@@ -116,8 +115,7 @@ def ridges(moments: Moments, strengths: Iterable[float], offset: bool) -> Iterat
         x, right = rows
         if offset:
             x, right = x - mean_x[:, None].to(x), right - mean_r[:, None].to(right)
-        parts = torch.split(x, _PIECE, 2)  # float64 copies of a part at a time
-        system, right = sum((part.double() @ part.double().mT for part in parts), torch.zeros(())), right.double()
+        system, right = (x @ x.mT).double(), right.double()
     else:
         system, right = moments.products()
         if offset:
@@ -133,7 +131,7 @@ def ridges(moments: Moments, strengths: Iterable[float], offset: bool) -> Iterat
             continue
         change = torch.cholesky_solve(right, factor)
         if rows is not None:
-            change = torch.cat([(part.double().mT @ change).to(x.dtype) for part in parts], 1)
+            change = x.mT @ change.to(x)
         shift = mean_r - (mean_x[:, None].to(change) @ change)[:, 0] if offset else torch.zeros_like(mean_r)
         yield Fit(change, shift, strength)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import slimc
 from slimc import readers as reading
-from slimc import recover, regression
+from slimc import recover
 from slimc.errors import UsageError
 from slimc.graph.capture import Example, capture
 from slimc.graph.resize import Cut
@@ -101,10 +101,7 @@ def moments(x: Tensor, r: Tensor) -> Moments:
 
 @pytest.mark.parametrize(("rows", "inputs"), [(40, 5), (12, 30), (9, 300)])
 @pytest.mark.parametrize("offset", [True, False])
-def test_ridge_is_the_least_squares_solution_with_a_penalty_as_rows(
-    rows: int, inputs: int, offset: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(regression, "_PIECE", 128)
+def test_ridge_is_the_least_squares_solution_with_a_penalty_as_rows(rows: int, inputs: int, offset: bool) -> None:
     x, r = noise(rows, inputs).double() + 1, noise(rows, 2, seed=1).double() * 3 - 2
     sums = moments(x, r)
     (fit,) = ridges(sums, [0.1], offset)
