@@ -53,7 +53,7 @@ class Frontier:
             found = found.detach() if isinstance(found, Tensor) else found
         for values, leaves in zip(self.values, self._inputs, strict=True):
             if node.op == "placeholder":
-                values[node] = leaves[self._placeholders]
+                values[node], leaves[self._placeholders] = leaves[self._placeholders], None  # alive as long as needed
             elif node.op == "get_attr":
                 values[node] = found
             else:
