@@ -142,7 +142,7 @@ def _proof_headline(report: Report) -> Headline:
 def _accuracy_headline(report: Report) -> Headline:
     accuracy, seen = report.accuracy, report.calibration
     if accuracy is None and seen is not None and seen.agreement is not None:
-        note = f"same largest output on {seen.judged} samples that were not fitted ({seen.source}); no labels were used"
+        note = f"same largest output on {seen.judged} samples set aside (fitted: {seen.source}); no labels were used"
         return Headline("Agreement with the original", text.percent(round(seen.agreement, 3)), note, "plain")
     if accuracy is None:
         return Headline("Accuracy", "not measured", "no accuracy stage in this run", "plain")
