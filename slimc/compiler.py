@@ -30,7 +30,7 @@ from .rewrite import rewrite, shapes_agree
 from .samples import Samples, affordable, collect, made_up
 from .synthetic import synthetic
 from .trainable import trainable
-from .varied import variants
+from .varied import are_pictures, variants
 from .verify import mixed_input, random_inputs, verify
 
 __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
@@ -141,7 +141,7 @@ def compress(
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
     # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples. Few
     # samples fit layers too loosely for that: with 32 the result was further off than by a choice at once.
-    enough = data is not None and calibration is not None and not _is_few(calibration)
+    enough = data is not None and calibration is not None and calibration.count >= _FEW
     between = fit if enough and BETWEEN in steps else None
     chosen = choose(analysis, method, subject, limits, options, stages, between)
     choice = chosen.choice
@@ -339,17 +339,15 @@ def _beside(
     enough = affordable(analysis.work)
     if data is None or calibration is None or calibration.count >= min(_MANY, max(enough, _FEW)):
         return []
+    others = made_up(analysis.work) if calibration.count < _FEW else 0
+    own = recovery.set_aside(calibration)[0]
+    if not others and not are_pictures(own):
+        return []
     with stages.stage("synthesise"):
-        own = recovery.set_aside(calibration)[0]
         found = [variants(own, min(_VARIANTS * own.count, 3 * enough - calibration.count), seed)]
-        if _is_few(calibration) and (count := made_up(analysis.work)):
-            found.append(synthetic(analysis.captured, count, analysis.work, seed))
+        if others:
+            found.append(synthetic(analysis.captured, others, analysis.work, seed))
     return [samples for samples in found if samples]
-
-
-def _is_few(samples: Samples) -> bool:
-    """Whether samples are too few to fit every layer on."""
-    return samples.count < _FEW
 
 
 def _remarks(analysis: Analysis, method: scores.Method, chosen: Chosen, alignment: int, unfitted: bool) -> list[str]:

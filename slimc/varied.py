@@ -33,13 +33,18 @@ def is_picture(tensor: Tensor) -> bool:
     )
 
 
+def are_pictures(samples: Samples) -> bool:
+    """Whether samples are pictures and nothing else."""
+    tensors = samples.batches[0].example.tensors()
+    return len(tensors) == 1 and is_picture(tensors[0])
+
+
 def variants(samples: Samples, count: int, seed: int = 0) -> Samples | None:
     """At least `count` pictures made of the samples' batches in turn; None where a model takes anything but pictures.
 
     Whole batches where these must keep their size, else exactly so many. They have no labels.
     """
-    tensors = samples.batches[0].example.tensors()
-    if len(tensors) != 1 or not is_picture(tensors[0]) or count < 1:
+    if count < 1 or not are_pictures(samples):
         return None
     generator = torch.Generator().manual_seed(seed)
     made: list[Batch] = []
