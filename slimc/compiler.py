@@ -35,10 +35,10 @@ from .verify import mixed_input, random_inputs, verify
 
 __all__ = ["Compressed", "apply", "compress", "inspect", "load"]
 
-_FEW, _MANY = 128, 256
-"""Beside fewer samples than these, variants of them are fitted on as well; beside the fewest, made-up ones too."""
-_VARIANTS = 4
-"""Of each sample; fewer in models that take long."""
+_FEW = 128
+"""Fewer samples than this leave layers with more inputs than they show: others are made up beside them."""
+_FEW_PICTURES, _VARIANTS = 256, 4
+"""Fewer pictures than this are joined by so many variants of each; by fewer in models that take long."""
 _LARGEST_SEED = 2**62  # torch takes 64 bits with a sign, and seeds are added to
 PACED = (
     "--latency is for one cut without training. Find the FLOPs that are fast enough with one cut (its report tells), "
@@ -337,7 +337,7 @@ def _beside(
 ) -> list[Samples]:
     """What is made up beside the user's samples where they are few: variants of pictures; of very few, others too."""
     enough = affordable(analysis.work)
-    if data is None or calibration is None or calibration.count >= min(_MANY, max(enough, _FEW)):
+    if data is None or calibration is None or calibration.count >= min(_FEW_PICTURES, max(enough, _FEW)):
         return []
     others = made_up(analysis.work) if calibration.count < _FEW else 0
     own = recovery.set_aside(calibration)[0]

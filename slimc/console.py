@@ -201,7 +201,7 @@ class Console:
             seen, agreement = report.calibration, report.calibration.agreement
             self._out.print(
                 f"[green]✓[/green] the largest output is the original's on {100 * agreement:.1f}% of "
-                f"{seen.judged} samples that were set aside (fitted: {escape(seen.source)})",
+                f"{seen.judged} samples that were set aside",
                 soft_wrap=True,
             )
         for warning in report.warnings:
