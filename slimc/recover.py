@@ -2,8 +2,9 @@
 
 A step is one file in `recovery/`. It changes the tensors of the slim graph in place (the user's module shares them)
 and says in one line what it did. Samples are set aside to judge by: a step that brings the slim model's outputs no
-nearer to the original's on these is undone. So is one after which classes are told less like the original tells them:
-outputs can come nearer on the whole where the largest ones, which choose the class, go astray.
+nearer to the original's on these is undone. So is one after which classes are told less like the original tells them,
+by more than chance among these samples: outputs can come nearer on the whole where the largest ones, which choose the
+class, go astray.
 """
 
 from __future__ import annotations
@@ -135,20 +136,27 @@ class Verdict:
     """How far a slim graph's outputs are from the original's.
 
     distance: the squared difference over the originals' own spread around their mean, averaged over the outputs: 0 is
-        equal, 1 no better than a constant; of one sample, which has no spread, over its own square. divergence: where
-        the first output is [N, classes], the mean Kullback-Leibler divergence of its softmax from the original's, in
-        nats; else None. agreement: the share of samples with the same largest class; else None. Infinity where
-        something is not finite.
+        equal, 1 no better than a constant; of one sample, which has no spread, over its own square. divergences: where
+        the first output is [N, classes], the Kullback-Leibler divergence of its softmax from the original's, in nats,
+        of each sample; else None. agreement: the share of samples with the same largest class; else None. The distance
+        is infinity where something is not finite.
     """
 
     distance: float
-    divergence: float | None
+    divergences: Tensor | None
     agreement: float | None
 
     def no_worse(self, other: Verdict) -> bool:
-        """Whether neither the outputs on the whole nor the classes are further off than by another verdict."""
-        told = self.divergence is None or other.divergence is None or self.divergence <= other.divergence
-        return told and self.distance <= other.distance
+        """Whether the outputs on the whole are no further off than by another verdict, and the classes not clearly.
+
+        Clearly: the mean rise of the divergence is more than its standard error. Of six samples one can be the mean.
+        """
+        if self.distance > other.distance:
+            return False
+        if self.divergences is None or other.divergences is None or len(self.divergences) < 2:
+            return True
+        rise = self.divergences - other.divergences
+        return not float(rise.mean()) > float(rise.std()) / math.sqrt(len(rise))
 
 
 def set_aside(samples: Samples) -> tuple[Samples, Samples]:
@@ -172,22 +180,23 @@ class Judge:
     def verdict(self, slim: GraphModule) -> Verdict:
         """Run the slim graph on all samples."""
         sums = [0.0] * len(self._floats)
-        divergence, same, count = 0.0, 0, 0
+        divergences: list[Tensor] = []
+        same = 0
         for example, wanted in zip(self._samples.examples(), self._wanted, strict=True):
             found = outputs(slim, example)
             for place, i in enumerate(self._floats):
                 sums[place] += float((found[i].double() - wanted[i].double()).square().sum())
             if self._classes:
                 own, goal = (values[self._floats[0]].double() for values in (found, wanted))
-                divergence += float(
-                    functional.kl_div(own.log_softmax(1), goal.log_softmax(1), reduction="sum", log_target=True)
-                )
-                same, count = same + int((own.argmax(1) == goal.argmax(1)).sum()), count + len(goal)
+                each = functional.kl_div(own.log_softmax(1), goal.log_softmax(1), reduction="none", log_target=True)
+                divergences.append(each.sum(1))
+                same += int((own.argmax(1) == goal.argmax(1)).sum())
         shares = [s / spread for s, spread in zip(sums, self._spread, strict=True) if spread > 0]
         distance = _finite(sum(shares) / len(shares) if shares else 0.0)
         if not self._classes:
             return Verdict(distance, None, None)
-        return Verdict(distance, _finite(divergence / count), same / count)
+        of_samples = torch.cat(divergences)
+        return Verdict(distance, of_samples, same / len(of_samples))
 
     def distance(self, slim: GraphModule) -> float:
         """See `Verdict`."""

@@ -305,6 +305,23 @@ def test_a_step_that_moves_the_outputs_away_is_undone_and_reported(monkeypatch: 
     assert all(torch.equal(t, wanted[name]) for name, t in slim.module.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("rises", "kept"),
+    [
+        ([0.1, 0.1, 0.1, 0.2], True),  # falls
+        ([0.2, 0.2, 0.2, 0.9], True),  # one of four is the whole rise: 0.15 on average, standard error 0.15
+        ([0.3, 0.3, 0.2, 0.4], False),  # rises nearly everywhere
+        ([0.3], True),  # one sample tells nothing of chance
+    ],
+)
+def test_a_step_is_undone_where_classes_go_astray_by_more_than_chance(rises: list[float], kept: bool) -> None:
+    after = torch.tensor(rises)
+    before = torch.tensor([0.2, 0.2, 0.2, 0.3])[: len(after)]
+    fitted = recover.Verdict(0.1, after, None)
+    assert fitted.no_worse(recover.Verdict(0.2, before, None)) is kept
+    assert not fitted.no_worse(recover.Verdict(0.05, before, None))  # the outputs as a whole are further off
+
+
 def test_the_same_seed_gives_the_same_weights() -> None:
     data = list(torch.split(noise(64, 3, 8, 8, seed=1), 16))
     one, two = (slimc.compress(seeded(Block), data[0], flops=0.5, round_to=1, data=data).module for _ in range(2))

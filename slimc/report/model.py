@@ -173,7 +173,7 @@ class RecoveryStep:
     before, after: distance of the outputs from the original's on samples that were not fitted: the squared difference
     over the original's own spread (0 equal, 1 no better than a constant); null where it was not measured.
     kept: False where the weights were put back, since the step brought the outputs no nearer, or took the softmax of
-    [N, classes] further from the original's.
+    [N, classes] clearly further from the original's.
     """
 
     method: str
