@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +24,21 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from slimc.errors import CaptureError, UsageError
+from slimc.graph.stateless import buffers_kept
 
 
 @dataclass(frozen=True)
 class Example:
-    """Inputs to run a model on: positional and keyword arguments."""
+    """Inputs to run a model on: positional and keyword arguments.
+
+    shared: places (among all tensors) of those that have no row for each sample, such as a mask or a scalar; None for
+        those that are not as long as the first tensor with axes. Data is told by the example that the model was
+        captured with, since a mask can happen to be as long as a batch.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    shared: frozenset[int] | None = None
 
     @staticmethod
     def of(inputs: Any) -> Example:
@@ -50,7 +58,31 @@ class Example:
     def map(self, change: Any) -> Example:
         """The same arguments with every tensor replaced by `change(tensor)`."""
         args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
-        return Example(args, kwargs)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """As `map`, with every tensor left alone that has no row for each sample."""
+        places, shared = itertools.count(), self.without_rows()
+        changed = self.map(lambda tensor: tensor if next(places) in shared else change(tensor))
+        return dataclasses.replace(changed, shared=shared)
+
+    @property
+    def count(self) -> int:
+        """The number of samples; 1 if no tensor has an axis."""
+        shared = self.shared or ()
+        return next((len(t) for place, t in enumerate(self.tensors()) if t.dim() and place not in shared), 1)
+
+    def without_rows(self) -> frozenset[int]:
+        """See `shared`."""
+        if self.shared is not None:
+            return self.shared
+        count = self.count
+        return frozenset(place for place, t in enumerate(self.tensors()) if not t.dim() or len(t) != count)
+
+    def rows(self) -> list[Tensor]:
+        """The tensors that have a row for each sample."""
+        shared = self.without_rows()
+        return [tensor for place, tensor in enumerate(self.tensors()) if place not in shared]
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in order."""
@@ -89,9 +121,10 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
     model.eval()
     given = Example.of(inputs)
     _check_devices(model, given)
-    with torch.no_grad(), tensors_only(model):
-        _run(model, given)
-        doubled = _batched(model, given)
+    with torch.no_grad(), tensors_only(model), buffers_kept(model):
+        with buffers_kept(model):  # what is captured is the model as it was given
+            _run(model, given)
+            doubled = _batched(model, given)
         note = "the model does not accept another batch size"
         if doubled is not None:
             for batch in (torch.export.Dim("batch"), torch.export.Dim.AUTO):
@@ -135,9 +168,8 @@ def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any
     _free_layouts(module)
     is_open = any(_is_open(node) for node in module.graph.nodes)
     note = None if spec is None or is_open else "the model's operators fix the batch size"
-    batch = batch_of(example)
     constants = frozenset(program.graph_signature.lifted_tensor_constants)
-    return Captured(module, example, spec if is_open else None, batch, note, constants)
+    return Captured(module, example, spec if is_open else None, example.count, note, constants)
 
 
 def _free_layouts(module: GraphModule) -> None:
@@ -220,17 +252,11 @@ def _varies(size: Any) -> bool:
     return not isinstance(size, int) and not size.node.expr.is_number
 
 
-def batch_of(example: Example) -> int:
-    """The size of the first axis of the first tensor that has axes; 1 if there is none."""
-    return next((tensor.shape[0] for tensor in example.tensors() if tensor.dim() > 0), 1)
-
-
 def _batched(model: nn.Module, given: Example) -> Example | None:
     """The example with a batch of at least two (torch.export treats one as special), if the model takes it."""
-    size = batch_of(given)
-    if size > 1:
+    if given.count > 1:
         return given
-    doubled = given.map(lambda t: torch.cat([t, t]) if t.dim() > 0 and t.shape[0] == size else t)
+    doubled = given.map_rows(lambda t: torch.cat([t, t]))
     try:
         before, after = (_leaves(example.run(model)) for example in (given, doubled))
     except Exception:
@@ -240,10 +266,10 @@ def _batched(model: nn.Module, given: Example) -> Example | None:
 
 
 def _batch_spec(example: Example, batch: Any) -> Any:
-    size = batch_of(example)
+    places, shared = itertools.count(), example.without_rows()
 
     def axes(leaf: Any) -> Any:
-        return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size else None
+        return {0: batch} if isinstance(leaf, Tensor) and next(places) not in shared else None
 
     # torch.export wants positional arguments by order and keyword arguments by name.
     args = pytree.tree_map(axes, example.args)

@@ -213,7 +213,7 @@ class Inference:
         if function is None and rule.is_pointwise(node) and isinstance(node.meta["val"], Tensor):
             function = rule.INFER["pointwise"]
         if function is None:
-            return self._unknown(node)
+            return self.leave(node, "no rule for this operator, so its channels are left alone")
         value = self._values[node] = function(self, node)
         if name in rule.COUNT:
             self.macs.extend(Product(c, tuple(axes), node) for c, axes in rule.COUNT[name](self, node))
@@ -258,9 +258,10 @@ class Inference:
             self._freeze_all(node, "its value leaves the tensor world", "unknown")
         return None
 
-    def _unknown(self, node: Node) -> Value:
+    def leave(self, node: Node, reason: str) -> Value:
+        """Freeze all that an operator sees and gives, and note it among the unknown ones."""
         if self._holds_channels(node):  # else nothing is lost, as with masks and positions
-            cause = self.cause(node, "no rule for this operator, so its channels are left alone", "unknown")
+            cause = self.cause(node, reason, "unknown")
             self.unknown.append(cause)
             self._freeze_all(node, cause.reason, "unknown")
         value = node.meta["val"]

@@ -88,6 +88,11 @@ def is_pointwise(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and _is_pointwise(node.target)
 
 
+def writes(node: Node) -> bool:
+    """Whether an operator writes into its first argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and bool(node.args)
+
+
 def arguments(node: Node) -> dict[str, Any]:
     """An operator's arguments by name, defaults filled in; to be read only."""
     if not isinstance(node.target, torch._ops.OpOverload):

@@ -86,21 +86,23 @@ class Absolute(Plain):
             return functional.linear(call["input"], call["weight"].abs())
         if name in CONVOLUTIONS:
             return n.target(**{**call, "weight": call["weight"].abs(), "bias": None})  # type: ignore[operator]
-        if name == "batch_norm":
+        if name == "batch_norm" and call["running_var"] is not None:
             return _scaled(call, (call["running_var"] + call["eps"]).rsqrt(), 1)
         if name in ("layer_norm", "rms_norm"):
             return call["input"] * call["weight"].abs() if call.get("weight") is not None else call["input"]
-        if name in ("group_norm", "instance_norm"):
+        if name in ("batch_norm", "group_norm", "instance_norm"):
             return _scaled(call, torch.ones((), dtype=torch.float64), 1)
         if name == "scaled_dot_product_attention":
             return _even(call["query"], call["value"])
-        if name in ("matmul", "bmm"):
-            left, right = operands[0], operands[-1]
-            if len(live) == 2:
-                return (right.mean(-2, keepdim=True)).expand(*left.shape[:-1], right.shape[-1])
-            return torch.matmul(
-                left if left.requires_grad else left.abs(), right if right.requires_grad else right.abs()
-            )
+        if name in ("matmul", "mm", "bmm"):
+            left, right = list(call.values())[:2]
+            return _product(left, right)
+        if name in ("addmm", "baddbmm"):
+            added, left, right = list(call.values())[:3]
+            product = _product(left, right)
+            return product + added * abs(call["beta"]) if added.requires_grad else product
+        if name == "einsum" and len(live) == 1:
+            return n.target(call["equation"], [o if o.requires_grad else o.abs() for o in operands])  # type: ignore[operator]
         if name.startswith("max_pool") or name.startswith("adaptive_max_pool"):
             return _average(name, n, call)
         if name in ("softmax", "_softmax", "log_softmax"):
@@ -120,6 +122,13 @@ class Absolute(Plain):
         if is_pointwise(n) and len(live) == 1:
             return live[0].expand(torch.broadcast_shapes(*(o.shape for o in operands)))  # type: ignore[no-untyped-call]
         return super().value(n)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """A product with absolute weights; of two values, as attention that looks everywhere alike."""
+    if left.requires_grad and right.requires_grad:
+        return right.mean(-2, keepdim=True).expand(*left.shape[:-1], right.shape[-1])
+    return torch.matmul(left if left.requires_grad else left.abs(), right if right.requires_grad else right.abs())
 
 
 def _scaled(call: dict[str, Any], factor: Tensor, axis: int) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
+from .graph.stateless import Stateless
 from .passes import batches_of, parts, run_graph
 from .samples import Batch
 from .scores import Subject
@@ -35,7 +36,7 @@ def watch(subject: Subject, places: Mapping[Place, See]) -> None:
             subject.tick(number, len(samples.batches))
 
 
-class Watching(Interpreter):
+class Watching(Stateless):
     """Runs a graph and shows operands, without their gradients, together with the batch that they belong to."""
 
     def __init__(self, module: GraphModule, places: Mapping[Place, See]) -> None:

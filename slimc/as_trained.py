@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .graph.infer import attribute, hint
-from .graph.rule import arguments, is_pointwise, operator_name
+from .graph.rule import arguments, is_pointwise, operator_name, writes
 
 _SAME = {
     "dropout", "feature_dropout", "clone", "detach", "alias", "contiguous", "lift_fresh_copy", "avg_pool1d",
@@ -64,7 +64,7 @@ def moments_as_trained(module: GraphModule) -> dict[Node, Moments]:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
             continue
         moments = _moments(module, node, found)
-        if _writes(node):  # what was written into is no longer what it was
+        if writes(node):  # what was written into is no longer what it was
             target = node.args[0]
             assert isinstance(target, Node)
             found.pop(target, None)
@@ -137,8 +137,13 @@ def _flattened(source: Node, node: Node, moments: Moments) -> Moments | None:
     return Moments(moments.mean.repeat_interleave(each), moments.variance.repeat_interleave(each))
 
 
-def _passed(node: Node, source: Node, moments: Moments) -> Moments:
-    """Through a function of each number alone: its mean and variance over the normal distribution's quantiles."""
+def _passed(node: Node, source: Node, moments: Moments) -> Moments | None:
+    """Through a function of each number alone: its mean and variance over the normal distribution's quantiles.
+
+    None where it gives no real numbers, as a comparison.
+    """
+    if not node.meta["val"].is_floating_point():
+        return None
     levels = (torch.arange(_POINTS, dtype=torch.float64, device=moments.mean.device) + 0.5) / _POINTS
     points = torch.special.ndtri(levels)
     points = points / points.square().mean().sqrt()
@@ -156,7 +161,3 @@ def _passed(node: Node, source: Node, moments: Moments) -> Moments:
 def _shape(node: Node) -> tuple[int, ...]:
     """Sizes; of an axis that may have any, that of the example."""
     return tuple(hint(size) for size in node.meta["val"].shape)
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and bool(node.args)

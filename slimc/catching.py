@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .graph.capture import Example
+from .graph.stateless import Stateless
 
 
-class Catching(Interpreter):
+class Catching(Stateless):
     """Runs a graph and keeps the results of some nodes as they were before anything wrote into them.
 
     slopes: what is caught can be derived by, whatever the parameters are.

@@ -117,8 +117,7 @@ def compress(
     check_norm(norm, scorer)
     if scorer == "auto" and norm != "l2":
         scorer = "magnitude"  # the only one that takes a norm
-    if scorer != "auto":
-        scores.check(scores.find(scorer), normalise, data is not None)
+    scores.check(scores.find("obs" if scorer == "auto" else scorer), normalise, data is not None)
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
     limits, ignored = limits_of(targets, analysis, stages), tuple(analysis.matching(ignore))

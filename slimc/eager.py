@@ -24,6 +24,7 @@ from .graph.capture import Example, tensors_only
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut, Resizing
 from .graph.rule import arguments
+from .graph.stateless import buffers_kept
 from .rewrite import Rewritten
 
 Attributes = dict[str, dict[str, Any]]
@@ -89,16 +90,15 @@ def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str
     small.eval()
     try:
         with torch.no_grad(), tensors_only(small):
-            got = pytree.tree_leaves(example.map(torch.clone).run(small))
-            wanted = pytree.tree_leaves(example.map(torch.clone).run(rewritten.module))
+            got, wanted = (_outputs(model, example) for model in (small, rewritten.module))
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"{type(small).__name__} does not run with the new sizes: {text[:200]}"
     finally:
         for name, module in small.named_modules():
             module.training = modes[name]
-    pairs = list(zip(_tensors(got), _tensors(wanted), strict=False))
-    if len(_tensors(got)) != len(_tensors(wanted)) or any(a.shape != b.shape for a, b in pairs):
+    pairs = list(zip(got, wanted, strict=False))
+    if len(got) != len(wanted) or any(a.shape != b.shape for a, b in pairs):
         return f"{type(small).__name__} returns other shapes than the rewritten graph"
     worst = max((_relative(a, b) for a, b in pairs), default=0.0)
     if not worst <= _TOLERANCE:
@@ -106,8 +106,11 @@ def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str
     return None
 
 
-def _tensors(leaves: list[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    """Both models share tensors, so each leaves its buffers as they were."""
+    with buffers_kept(model):
+        leaves = pytree.tree_leaves(example.map(torch.clone).run(model))
+        return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from .activations import Place, See, Watching
 from .errors import UsageError
 from .graph.infer import Types, attribute, hint
-from .graph.rule import operator_name
+from .graph.rule import operator_name, writes
+from .graph.stateless import Stateless
 from .losses import check_finite, loss_of
 from .onednn import Guard
 from .passes import batches_of, is_view, parts, run_graph
@@ -85,7 +86,7 @@ def check_seen(seen: bool) -> None:
         )
 
 
-class _Gated(Interpreter):
+class _Gated(Stateless):
     """Runs the graph with gates: hooks see each gated value and its gradient; parameters take no gradient."""
 
     def __init__(self, module: GraphModule, sites: Sequence[Site], axes: Sequence[int | None]) -> None:
@@ -247,7 +248,7 @@ class _Trained(Watching):
         name = self._by_id.get(id(value))
         if name is not None:
             return self._leaves[name]
-        return value.detach() if isinstance(value, Tensor) else value
+        return self.apart(target, value.detach()) if isinstance(value, Tensor) else value
 
 
 def _is_overwritten(node: Node) -> bool:
@@ -258,7 +259,7 @@ def _is_overwritten(node: Node) -> bool:
                 return True
             continue
         first = user.args[0] if user.args else None
-        if first is node and (user.target._schema.is_mutable or (is_view(user) and _is_overwritten(user))):
+        if first is node and (writes(user) or (is_view(user) and _is_overwritten(user))):
             return True
     return False
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .graph.capture import Example
 from .graph.infer import attribute, hint
+from .graph.stateless import written
 from .samples import Samples
 
 MEMORY = 1 << 30
@@ -39,7 +40,7 @@ class Frontier:
         # Copies: in-place operators write into their arguments, and the caller's inputs must stay as they are.
         self._inputs = [[leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch] for batch in leaves]
         self._placeholders = 0
-        self._expires = _last_uses(module)
+        self._expires, self._written = _last_uses(module), written(module)
         self.values: list[dict[Node, Any]] = [{} for _ in self._inputs]
 
     def of(self, node: Node) -> list[Any]:
@@ -55,7 +56,7 @@ class Frontier:
             if node.op == "placeholder":
                 values[node], leaves[self._placeholders] = leaves[self._placeholders], None  # alive as long as needed
             elif node.op == "get_attr":
-                values[node] = found
+                values[node] = found.clone() if node.target in self._written else found
             else:
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = self._call(node, args, kwargs)
@@ -180,7 +181,7 @@ class _Waiting:
         """Those that start now; at least one is on the way."""
         found: list[Example] = []
         while self._batches:
-            count = len(self._batches[0].tensors()[0])
+            count = self._batches[0].count
             if self.on_the_way and self.on_the_way + count > self._room[node]:
                 break
             self.on_the_way += count

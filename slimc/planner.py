@@ -159,22 +159,23 @@ def on_the_way(full: Costs, limits: Mapping[str, float], progress: float) -> dic
 def per_cost(
     scores: Sequence[Scores], analysis: Analysis, limits: Mapping[str, float], widths: Widths | None = None
 ) -> list[Scores]:
-    """Scores in one unit divided by what a channel of the group frees, as a share of what all budgets want freed.
+    """Scores in one unit divided by what a channel of the group frees of the amounts with a budget.
 
+    Shares of these amounts count by how far they are from their budgets, so that one that is nearly met says little.
     widths: of the network as it is; whole if not given.
     """
     grouping, cost = analysis.grouping, analysis.cost
     full = np.array([group.width for group in grouping.groups], np.int64) if widths is None else widths
     whole = cost(full)
+    before = {metric: float(getattr(whole, METRIC[metric])) for metric in limits}
+    left = {metric: 1 - limit / before[metric] for metric, limit in limits.items() if before[metric] > limit}
     ranked = []
     for group, own in zip(grouping.groups, scores, strict=True):
         fewer = full.copy()
         fewer[group.number] = max(0, full[group.number] - 1)
         less = cost(fewer)
-        freed = 0.0
-        for metric, limit in limits.items():
-            before, after = (float(getattr(costs, METRIC[metric])) for costs in (whole, less))
-            freed += (before - after) / max(before - limit, _SMALL_SHARE * before)
+        freed = sum(far * (1 - getattr(less, METRIC[metric]) / before[metric]) for metric, far in left.items())
+        freed /= sum(left.values(), _SMALL_SHARE)
         ranked.append(own / max(freed, _SMALL_SHARE))
     return ranked
 

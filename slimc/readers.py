@@ -67,12 +67,9 @@ class Reader:
         with torch.no_grad():
             weight.copy_(value)
 
-    def places(self, output: Tensor) -> int:
-        """How many rows an output has."""
-        return output.numel() // self._outputs(output)
-
-    def _outputs(self, output: Tensor) -> int:
-        return output.shape[1] if self.kind in (*_CONVOLUTIONS, *_TRANSPOSED) else output.shape[-1]
+    def places(self, sizes: Sequence[int]) -> int:
+        """How many rows an output of these sizes has."""
+        return math.prod(sizes) // sizes[1 if self.kind in (*_CONVOLUTIONS, *_TRANSPOSED) else -1]
 
     def results(self, output: Tensor, places: Tensor) -> Tensor:
         """What the output holds at some places: [places, outputs]."""
@@ -113,6 +110,11 @@ class Reader:
         where: tuple[Any, ...] = (sample, slice(None), *torch.unravel_index(rest, tuple(spatial)))
         found = windows[where]
         return found.reshape(len(places), self.groups, -1).transpose(0, 1)
+
+
+def unhalved(value: Tensor) -> Tensor:
+    """Numbers of half precision as float32: it has too few digits for sums of products over thousands of rows."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def readers(module: GraphModule) -> dict[Node, Reader]:

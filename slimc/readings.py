@@ -25,6 +25,7 @@ from .graph.infer import attribute
 from .graph.rule import arguments, operator_name
 from .graph.terms import Terms
 from .passes import batches_of
+from .readers import unhalved
 from .samples import Batch
 from .scores import Subject
 
@@ -123,7 +124,7 @@ class Sampling:
             if batch is not self._batch:
                 self._batch, self._seeds = batch, _seeds(batch, self._subject.seed)
             seeds = [(seed, number) for seed in self._seeds]
-            found = _sample(node, value, seeds, self._each)
+            found = unhalved(_sample(node, value, seeds, self._each))
             if node not in self._rows:
                 self._rows[node] = found.new_empty(self._count * len(found) // batch.count, *found.shape[1:])
             start = self._filled[node]
@@ -159,7 +160,7 @@ def _is_layer(subject: Subject, node: Node) -> bool:
 
 def _seeds(batch: Batch, seed: int) -> list[int]:
     """One number per sample, from the bits of its inputs."""
-    tensors = [t for t in batch.example.tensors() if t.dim() and len(t) == batch.count]
+    tensors = batch.example.rows()
     seeds = []
     for sample in range(batch.count):
         bits = seed
@@ -231,7 +232,7 @@ def _split(subject: Subject, node: Node, rows: Tensor) -> Iterator[Reading]:
     axes = subject.types.values[node.args[0]]  # type: ignore[index]
     groups = 1 if operator_name(node) == "linear" else int(call["groups"])
     factors = subject.types.solution.factors(axes[-1] if operator_name(node) == "linear" else axes[1])
-    name = _parameter(subject, node)
+    name, weight = _parameter(subject, node), unhalved(weight)
     inputs, outputs = len(factors) // groups, len(weight) // groups
     for number in range(groups):
         read, made = (slice(number * size, (number + 1) * size) for size in (inputs, outputs))

@@ -10,12 +10,13 @@ class, go astray.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,7 @@ from .errors import UsageError
 from .graph.capture import Example
 from .graph.infer import Types
 from .graph.resize import Cut
+from .graph.stateless import Stateless
 from .registry import Registry
 from .samples import Samples
 
@@ -171,7 +173,7 @@ class Judge:
         self._samples = samples
         self._wanted = [outputs(original, example) for example in samples.examples()]
         floats = [i for i, value in enumerate(self._wanted[0]) if value.is_floating_point()]
-        columns = [torch.cat([_flat(batch[i]) for batch in self._wanted]) for i in floats]
+        columns = [_columns([batch[i] for batch in self._wanted]) for i in floats]
         self._floats = floats
         self._spread = [float((c - c.mean(0)).square().sum()) or float(c.square().sum()) for c in columns]
         first = self._wanted[0][floats[0]] if floats else None
@@ -211,7 +213,7 @@ def _finite(value: float) -> float:
 def outputs(module: GraphModule, example: Example) -> list[Tensor]:
     """The tensors that a graph returns."""
     leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in _leaves(example)]
-    found = Interpreter(module).run(*leaves, enable_io_processing=False)
+    found = Stateless(module).run(*leaves, enable_io_processing=False)
     return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
@@ -219,22 +221,31 @@ def attempt(task: Task, name: str, judge: Judge) -> Outcome:
     """Run a step; it is undone if the outputs are then further from the original's, or the classes are."""
     found = find(name)
     before = judge.verdict(task.slim)
-    saved = {key: tensor.clone() for key, tensor in task.slim.state_dict().items()}
-    try:
+    with restored_on_error(task.slim) as saved:
         detail = found.run(task)
         after = judge.verdict(task.slim)
-    except BaseException:
-        task.slim.load_state_dict(saved)
-        raise
     kept = after.no_worse(before)
     if not kept:
         task.slim.load_state_dict(saved)
     return Outcome(detail, before.distance, after.distance, kept)
 
 
-def _flat(value: Tensor) -> Tensor:
-    """[samples, numbers]; an output without axes is one sample of one number."""
-    return value.reshape(len(value) if value.dim() else 1, -1)
+@contextmanager
+def restored_on_error(module: GraphModule) -> Iterator[dict[str, Tensor]]:
+    """Gives a copy of all tensors, and puts it back where an error or an interrupt ends the block."""
+    saved = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    try:
+        yield saved
+    except BaseException:
+        module.load_state_dict(saved)
+        raise
+
+
+def _columns(batches: Sequence[Tensor]) -> Tensor:
+    """[samples, numbers]; [all numbers, 1] where these are not as many for each sample, as of a matrix of samples."""
+    flat = [value.reshape(len(value) if value.dim() else 1, -1) for value in batches]
+    alike = len({value.shape[1] for value in flat}) == 1
+    return torch.cat(flat if alike else [value.reshape(-1, 1) for value in flat])
 
 
 def _leaves(example: Example) -> list[object]:

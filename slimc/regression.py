@@ -12,6 +12,8 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Tried penalties, as shares of the mean diagonal of the normal equations."""
 _WIDE = 256
+_FAR = 1_000
+"""Squared means over variances from which float32 has too few digits for second moments around the mean."""
 
 
 class Moments:
@@ -31,8 +33,10 @@ class Moments:
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Add rows: x [groups, rows, inputs], r [groups, rows, outputs]."""
-        # Products of wide rows are taken in float32, several times faster; the ridge is far above its rounding.
-        exact = torch.float64 if x.shape[2] <= _WIDE and x.device.type == "cpu" else torch.float32
+        # Products of wide rows are taken in float32, several times faster; the ridge is far above its rounding, unless
+        # means that are far from 0 leave it few digits for what varies.
+        narrow = x.shape[2] <= _WIDE and x.device.type == "cpu"
+        exact = torch.float64 if narrow or _far_off(x) else torch.float32
         x, r = x.to(exact), r.to(exact)
         self.count += x.shape[1]
         self.x += x.sum(1, dtype=torch.float64)
@@ -91,6 +95,12 @@ class Moments:
         explained = 2 * (change * xr).sum(1) - (change * (xx @ change)).sum(1)
         shift = offset * (2 * self.r - 2 * (change * self.x[:, :, None]).sum(1) - self.count * offset)
         return (self.rr - explained - shift).clamp_min(0)
+
+
+def _far_off(x: Tensor) -> bool:
+    """Whether inputs [groups, rows, inputs] vary little around means that are far from 0."""
+    variance, mean = torch.var_mean(x, 1, correction=0)
+    return bool(mean.square().sum() > _FAR * variance.sum())
 
 
 @dataclass(frozen=True)

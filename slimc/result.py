@@ -26,6 +26,7 @@ from .exporters.parity import Parity, check_onnx, other_inputs
 from .graph.capture import program_of
 from .graph.infer import attribute
 from .graph.resize import Cut
+from .graph.stateless import buffers_kept
 from .plan import Plan
 from .recover import Task
 from .report import Calibration, Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
@@ -103,7 +104,7 @@ class Compressed:
         fixed = captured.batch if captured.dynamic_shapes is None else None
         found = collect(data, captured.example, samples or affordable(self.analysis.work), fixed)
         self.synchronise()
-        with self.stages.stage("recover"), evaluating(self.graph):
+        with self.stages.stage("recover"), evaluating(self.graph), recover.restored_on_error(self.graph):
             detail = recover.find(name).run(self._task(found))
         self.note_recovery(name, detail)
         if self.module is not self.graph:
@@ -177,8 +178,9 @@ class Compressed:
 
         def reference(*case: Tensor) -> Any:
             args, kwargs = pytree.tree_unflatten(filled(case), spec)
-            outputs = self.graph(*args, **kwargs)
-            return pytree.tree_map_only(Tensor, lambda t: t.cpu(), outputs)
+            with buffers_kept(self.graph):
+                outputs = self.graph(*args, **kwargs)
+                return pytree.tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), outputs)
 
         def exact(*case: Tensor) -> Any:
             return Plain(self.graph, partial(attribute, self.graph), torch.float64).results(filled(case))

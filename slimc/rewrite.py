@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from .graph import rule
 from .graph.infer import Types, attribute
 from .graph.resize import Cut, Resizing
+from .graph.stateless import buffers_kept
 
 
 class Rewritten:
@@ -102,7 +103,7 @@ def shapes_agree(types: Types, cut: Cut, rewritten: Rewritten) -> str | None:
     work = Resizing(types, cut.alive)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     prop = FakeTensorProp(rewritten.module, mode)
-    with torch.no_grad():
+    with torch.no_grad(), buffers_kept(rewritten.module):  # what is computed from tensors alone runs for real
         prop.propagate(*_flat_inputs(types))
     for old, new in rewritten.twins.items():
         value, axes = new.meta.get("val"), types.values.get(old)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .errors import UsageError
 from .graph.capture import Example
@@ -33,9 +34,10 @@ def made_up(work: float) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs with as many samples as the first axis of the first tensor says, and their labels if there are any.
+    """Model inputs, and their labels if there are any.
 
-    targets: whatever came beside the inputs, on the inputs' device; None without labels.
+    targets: whatever came beside the inputs, on the inputs' device; None without labels. Tensors and lists in it that
+        are as long as the batch have an entry for each sample.
     """
 
     example: Example
@@ -44,41 +46,41 @@ class Batch:
     @property
     def count(self) -> int:
         """Number of samples."""
-        return len(self.example.tensors()[0])
+        return self.example.count
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of its samples."""
-
-        return self.map(lambda t: t[rows] if t.dim() and len(t) == self.count else t)
+        return Batch(self.example.map_rows(lambda t: t[rows]), _rows_of(self.targets, rows, self.count))
 
     @staticmethod
-    def joined(batches: Sequence[Batch], like: Example) -> Batch:
-        """One batch of the inputs of several; targets are left out.
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """One batch of the inputs of several; targets are left out."""
+        parts = zip(*(batch.example.rows() for batch in batches), strict=True)
+        return Batch(batches[0].example.map_rows(lambda _: torch.cat(next(parts))))
 
-        like: an example of the inputs, which tells those that have an entry for each sample.
-        """
-        given = like.tensors()
-        parts = zip(*(batch.example.tensors() for batch in batches), strict=True)
-        joined = iter(
-            [
-                torch.cat(own) if wanted.dim() and len(wanted) == len(given[0]) else own[0]
-                for wanted, own in zip(given, parts, strict=True)
-            ]
-        )
-        return Batch(batches[0].example.map(lambda _: next(joined)))
+    def to(self, device: torch.device | None) -> Batch:
+        """The same batch on another device."""
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with every tensor of inputs and targets changed."""
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
 
-        def changed(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) else value
+        targets = dict(self.targets) if isinstance(self.targets, Mapping) else self.targets
+        return Batch(self.example.map(move), pytree.tree_map_only(Tensor, move, targets))
 
-        targets = self.targets
-        if isinstance(targets, Mapping):
-            targets = {name: changed(value) for name, value in targets.items()}
-        elif isinstance(targets, (tuple, list)):
-            targets = type(targets)(changed(value) for value in targets)
-        return Batch(self.example.map(change), changed(targets))
+
+def _rows_of(targets: Any, rows: slice, count: int) -> Any:
+    """The targets of some of `count` samples."""
+    if isinstance(targets, Tensor):
+        return targets[rows] if targets.dim() and len(targets) == count else targets
+    if isinstance(targets, Mapping):
+        return {name: _rows_of(value, rows, count) for name, value in targets.items()}
+    if not isinstance(targets, (tuple, list)):
+        return targets
+    together = all(isinstance(value, Tensor) and value.dim() and len(value) == count for value in targets)
+    if len(targets) == count and not together:  # one for each sample: the boxes of each picture, say
+        return targets[rows]
+    found = [_rows_of(value, rows, count) for value in targets]
+    return type(targets)(*found) if hasattr(targets, "_fields") else type(targets)(found)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Samples:
         batches = (batch for other in (self, *others) for batch in other.batches)
         return replace(self, batches=tuple(batches), source=source)
 
-    def joined(self, least: int, like: Example) -> Samples:
+    def joined(self, least: int) -> Samples:
         """The same samples in batches of at least `least`, as far as there are so many and batches may be joined."""
         if self.whole:
             return self
@@ -133,10 +135,10 @@ class Samples:
         for batch in self.batches:
             waiting.append(batch)
             if sum(one.count for one in waiting) >= least:
-                found.append(Batch.joined(waiting, like))
+                found.append(Batch.joined(waiting))
                 waiting = []
         if waiting:
-            found = [*found[:-1], Batch.joined([*found[-1:], *waiting], like)]
+            found = [*found[:-1], Batch.joined([*found[-1:], *waiting])]
         return replace(self, batches=tuple(found))
 
     def first(self, count: int) -> Samples:
@@ -217,7 +219,7 @@ def collect(
             continue
         check_finite(whole, f"batch {number} of --data")
         for part in _parts(whole, batch, left):
-            found.append(to_device(part, device))
+            found.append(part.to(device))
             left -= part.count
         if left <= 0:
             break
@@ -232,11 +234,6 @@ def _parts(whole: Batch, size: int | None, left: int) -> list[Batch]:
         return [whole[:left]]
     starts = range(0, whole.count - size + 1, size)
     return [whole[at : at + size] for at in starts][: -(-left // size)]
-
-
-def to_device(batch: Batch, device: torch.device | None) -> Batch:
-    """The same batch on another device."""
-    return batch.map(lambda tensor: tensor.to(device))
 
 
 def batch_of(item: Any, like: Example) -> Batch:
@@ -258,12 +255,13 @@ def batch_of(item: Any, like: Example) -> Batch:
             raise UsageError(f"a batch of --data lacks {', '.join(missing)}; it has {held}")
         if targets is None:
             targets = next((item[name] for name in _TARGETS if name in item and name not in like.kwargs), None)
-        return Batch(Example((), {name: item.get(name, value) for name, value in like.kwargs.items()}), targets)
+        found = {name: item.get(name, value) for name, value in like.kwargs.items()}
+        return Batch(Example((), found, like.without_rows()), targets)
     if isinstance(item, (tuple, list)) and like.args:
         given, rest, beside = item[: len(like.args)], like.args[len(item) :], item[len(like.args) :]
         if item and not any(isinstance(value, Tensor) for value in rest):
             targets = None if not beside else beside[0] if len(beside) == 1 else tuple(beside)
-            return Batch(Example((*given, *rest), {}), targets)
+            return Batch(Example((*given, *rest), {}, like.without_rows()), targets)
     raise UsageError(
         f"a batch of --data is {_kind(item)}; wanted "
         + (f"a dictionary with {', '.join(like.kwargs)}" if like.kwargs else _wanted(len(like.args)))
@@ -302,5 +300,5 @@ def check_finite(batch: Batch, where: str) -> None:
     """Raise UsageError where an input holds NaN or infinity."""
     for tensor in batch.example.tensors():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            bad = int((~tensor.isfinite().reshape(len(tensor), -1).all(1)).nonzero()[0])
+            bad = int((~tensor.isfinite().reshape(len(tensor) if tensor.dim() else 1, -1).all(1)).nonzero()[0])
             raise UsageError(f"{where} holds NaN or infinity in its sample {bad}")

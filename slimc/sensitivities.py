@@ -44,7 +44,7 @@ def sensitivities(
     pieces = list(_probed(subject.samples, max(1, trainable_at_once(module) // 2)))
     pooled: list[Tensor] = []
     for example in pieces:
-        seen += len(example.tensors()[0])
+        seen += example.count
         with torch.enable_grad():
             probing = Catching(module, {*read, *(node for node, _ in gated)}, slopes=True)
             results = probing.results(example)
@@ -84,7 +84,7 @@ def _probed(samples: Samples, most: int) -> Iterator[Example]:
         if seen >= PROBED:
             return
         yield example
-        seen += len(example.tensors()[0])
+        seen += example.count
 
 
 @torch.no_grad()

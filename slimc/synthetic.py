@@ -10,18 +10,21 @@ r^-3 make the statistics scale invariant. Baradad et al., "Learning to See by Lo
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .graph.capture import Captured, Example
 from .graph.infer import attribute
 from .graph.rule import arguments, operator_name
+from .graph.stateless import Stateless
 from .recovery.bn import is_reestimated
 from .samples import Batch, Samples
 from .varied import is_picture
@@ -61,7 +64,7 @@ def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Sam
             source += ", fitted to the model's batch norms"
         return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source, whole, True)
     vocabularies = _vocabularies(captured.module)
-    if vocabularies and not any(t.is_floating_point() for t in tensors):
+    if vocabularies and not any(t.is_floating_point() for t in example.rows()):
         return Samples(
             tuple(Batch(_tokens(example, size, vocabularies, generator)) for size in sizes),
             "random tokens",
@@ -123,13 +126,15 @@ def matched(captured: Captured, example: Example, pictures: Tensor, rounds: int)
             statistics = _Statistics(captured.module)
             leaves = pytree.tree_leaves(example.map(lambda _: pictures.clone()).args + tuple(example.kwargs.values()))
             statistics.run(*leaves, enable_io_processing=False)
+            if not statistics.losses:
+                break
             (gradient,) = torch.autograd.grad(torch.stack(statistics.losses).mean(), [pictures])
         pictures.grad = gradient
         optimiser.step()
     return pictures.detach()
 
 
-class _Statistics(Interpreter):
+class _Statistics(Stateless):
     """Runs a graph and measures how far each batch norm's input is from its stored statistics."""
 
     def __init__(self, module: GraphModule) -> None:
@@ -142,6 +147,8 @@ class _Statistics(Interpreter):
             call = arguments(n)
             x = self.env[call["input"]]
             mean, variance = (self.env[call[name]].detach() for name in ("running_mean", "running_var"))
+            if x.numel() == x.shape[1]:  # one value has no variance
+                return super().run_node(n)
             others = [axis for axis in range(x.dim()) if axis != 1]
             off = (x.mean(others) - mean).square() / (variance + 1e-5)
             wide = (((x.var(others) + 1e-5) / (variance + 1e-5)).log()).square()
@@ -150,9 +157,10 @@ class _Statistics(Interpreter):
 
 
 def _vocabularies(module: GraphModule) -> dict[int, int]:
-    """For each input (by place) that embeddings look up: how many rows the smallest of these tables has."""
+    """For each tensor (by place among the inputs) that embeddings look up: the rows of the smallest of these tables."""
     found: dict[int, int] = {}
-    places = {node: i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+    inputs = (n for n in module.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor))
+    places = {node: place for place, node in enumerate(inputs)}
     for node in module.graph.nodes:
         if node.op != "call_function" or operator_name(node) != "embedding":
             continue
@@ -166,17 +174,18 @@ def _vocabularies(module: GraphModule) -> dict[int, int]:
 
 def _tokens(example: Example, count: int, vocabularies: dict[int, int], generator: np.random.Generator) -> Example:
     """Tokens of falling frequency (Zipf's law) where a table is looked up; other inputs repeat the example's."""
-    place = -1
+    places, shared = itertools.count(), example.without_rows()
 
     def fill(tensor: Tensor) -> Tensor:
-        nonlocal place
-        place += 1
+        place = next(places)
+        if place in shared:
+            return tensor
         if place not in vocabularies:
-            return tensor[torch.arange(count) % len(tensor)] if tensor.dim() else tensor
+            return tensor[torch.arange(count) % len(tensor)]
         rows = vocabularies[place]
         weights = 1.0 / np.arange(1, rows + 1)
         order = generator.permutation(rows)
         drawn = order[generator.choice(rows, size=(count, *tensor.shape[1:]), p=weights / weights.sum())]
         return torch.from_numpy(drawn).to(tensor)
 
-    return example.map(fill)
+    return dataclasses.replace(example.map(fill), shared=shared)

@@ -80,9 +80,8 @@ def recoloured(example: Example, generator: torch.Generator) -> Example:
 
 def varied(example: Example, generator: torch.Generator) -> Example:
     """Pictures are moved and mirrored, each its own way, and floats mixed in pairs; whatever else stays as it is."""
-    tensors = example.tensors()
-    count = len(tensors[0])
-    if not all(t.is_floating_point() and len(t) == count for t in tensors):
+    count = example.count
+    if not all(t.is_floating_point() for t in example.rows()):
         return example
     mirror = torch.rand(count, generator=generator) < 0.5
     shift = torch.rand(2, count, generator=generator) * 2 - 1
@@ -104,7 +103,7 @@ def varied(example: Example, generator: torch.Generator) -> Example:
             tensor = (1 - weight) * tensor + weight * tensor[other]
         return tensor
 
-    return example.map(vary)
+    return example.map_rows(vary)
 
 
 def _moved(pictures: Tensor, shift: Tensor) -> Tensor:

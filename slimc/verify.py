@@ -218,7 +218,8 @@ class Plain(Interpreter):
 
     def value(self, n: Node) -> Any:
         """What a node gives, with everything that it uses at hand."""
-        return super().run_node(n)
+        # What is made of nothing (zeros, arange) has torch's default type unless the model names one.
+        return pytree.tree_map_only(Tensor, self._widened, super().run_node(n))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A tensor in the run's precision."""
@@ -234,6 +235,9 @@ class Plain(Interpreter):
             videos = torch.split(args[0], 1)
             return torch.cat([super(Plain, self).call_function(target, (video, *args[1:]), kwargs) for video in videos])
         return super().call_function(target, args, kwargs)
+
+    def _widened(self, value: Tensor) -> Tensor:
+        return value.to(self._widen(value.dtype))
 
     def _widen(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if dtype.is_floating_point else dtype

@@ -99,6 +99,7 @@ UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "random": lambda a, b: torch.bernoulli(a.sigmoid()),
     "joined places": lambda a, b: torch.cat([a, b], 2),
     "difference": torch.sub,
+    "comparison": lambda a, b: torch.where(a > 0, a, 0.1 * a),
     "weighted sum": lambda a, b: torch.add(a, b, alpha=2),
     "sum over places": lambda a, b: a + b.mean((2, 3), keepdim=True),
 }

@@ -11,6 +11,7 @@ from laws import counted_macs, random_cut, widths
 from torch import Tensor, nn
 from zoo import CASES
 
+import slimc
 from slimc.analysis import Analysis, analyse
 
 
@@ -113,3 +114,28 @@ def test_no_cost_rises_when_channels_go(name: str) -> None:
         costs = analysis.cost(widths(analysis.grouping, cut))
         for metric in ("macs", "params", "size", "memory"):
             assert getattr(costs, metric) <= getattr(full, metric)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"),
+    [
+        ("bi,ij->bj", [(2, 8), (8, 5)], 2 * 8 * 5),
+        ("bi,ij,jk->bk", [(2, 8), (8, 5), (5, 4)], 2 * 8 * 5 + 2 * 5 * 4),
+        ("bij,ij,bk->bk", [(2, 3, 4), (3, 4), (2, 6)], 2 * 3 * 4 + 2 * 6),
+        ("bik,ij->bj", [(2, 8, 7), (8, 5)], 2 * 8 * 5),  # what only one operand has is summed over before
+        ("...i,ij,...j->...", [(2, 3, 8), (8, 5), (2, 3, 5)], 2 * 3 * 8 * 5 + 2 * 3 * 5),
+    ],
+)
+def test_a_product_of_several_tensors_counts_pair_by_pair(
+    equation: str, shapes: list[tuple[int, ...]], macs: int
+) -> None:
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rest = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes[1:]])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x, *self.rest)
+
+    counted = slimc.inspect(Einsum(), torch.randn(shapes[0])).macs
+    assert counted == macs / 2

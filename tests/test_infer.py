@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+import slimc
 from slimc.analysis import analyse
 
 X = torch.randn(2, 3, 8, 8)
@@ -96,3 +98,25 @@ def test_kernel_axes_stay_and_say_why() -> None:
     assert not (types.solution.factors(kernel) >= 0).any()
     cause = types.store.cause(int(kernel[0]))
     assert (cause.kind, "kernel" in cause.reason) == ("structure", True)
+
+
+def test_a_convolution_whose_groups_are_the_batch_is_left_alone_and_named() -> None:
+    class Modulated(nn.Module):
+        """Each sample has its own kernel, as in StyleGAN2."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.style, self.h = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 16), nn.Linear(24, 4)
+            self.inner = nn.Linear(24, 24)
+            self.w = nn.Parameter(torch.randn(24, 16, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            n, c, h, w = y.shape
+            kernels = self.w[None] * self.style(y.mean((2, 3)))[:, None, :, None, None]
+            y = functional.conv2d(y.reshape(1, n * c, h, w), kernels.reshape(-1, c, 3, 3), padding=1, groups=n)
+            return self.h(torch.relu(self.inner(y.reshape(n, -1, h, w).mean((2, 3)))))  # type: ignore[no-any-return]
+
+    analysis = slimc.inspect(Modulated(), torch.randn(2, 3, 8, 8))
+    assert any("number of groups" in cause.reason for cause in analysis.types.unknown)
+    assert [group.width for group in analysis.groups] == [24]  # behind it, all is as ever

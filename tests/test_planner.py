@@ -20,7 +20,7 @@ import slimc
 from slimc.errors import UnreachableTarget
 from slimc.graph.cost import Costs, Widths
 from slimc.graph.groups import Axis, Group, Grouping, Member
-from slimc.planner import METRIC, Choice, isomorphic, plan, steps
+from slimc.planner import METRIC, Choice, isomorphic, per_cost, plan, steps
 
 Array = npt.NDArray[np.float64]
 
@@ -340,3 +340,20 @@ def test_groups_of_one_kind_are_ranked_together() -> None:
     ranked = isomorphic([weak, strong, np.full(10, np.nan)], analysis)
     assert ranked[0].max() < ranked[1].min()
     assert np.isnan(ranked[2]).all()
+
+
+def test_a_budget_that_is_met_has_no_say_in_what_a_channel_costs() -> None:
+    analysis = slimc.inspect(Two(), torch.randn(2, 6))
+    scores = [np.ones(group.width) for group in analysis.groups]
+    flops = {"flops": 0.5 * analysis.macs}
+    alone = per_cost(scores, analysis, flops)
+    for beside in ({"params": 2.0 * analysis.params}, {"params": float(analysis.params)}):
+        for own, other in zip(alone, per_cost(scores, analysis, flops | beside), strict=True):
+            np.testing.assert_allclose(other, own)
+    # One that is all but met says next to nothing, and of two that ask for the same share each has half.
+    for own, other in zip(alone, per_cost(scores, analysis, flops | {"params": 0.9999 * analysis.params}), strict=True):
+        np.testing.assert_allclose(other, own, rtol=1e-3)
+    params = {"params": 0.5 * analysis.params}
+    both, second = per_cost(scores, analysis, flops | params), per_cost(scores, analysis, params)
+    for first, other, own in zip(alone, second, both, strict=True):
+        np.testing.assert_allclose(1 / own, (1 / first + 1 / other) / 2)

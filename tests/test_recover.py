@@ -55,7 +55,7 @@ def test_rows_times_matrix_plus_bias_is_what_the_operator_computes(name: str) ->
     ((node, reader),) = reading.readers(module).items()
     with torch.no_grad():
         wanted = layer(x)
-    places = torch.arange(reader.places(wanted))
+    places = torch.arange(reader.places(wanted.shape))
     weight = module.get_parameter(reader.weight).detach()
     rows = reader.rows(x, weight, wanted.shape[2:], places)
     got = (rows @ reader.matrix(module).transpose(1, 2)).transpose(0, 1).flatten(1)
@@ -451,3 +451,92 @@ def test_few_samples_are_joined_by_made_up_ones_that_nothing_is_judged_by() -> N
     assert (some.judged, some.fitted, some.source) == (40, 160 + 640, "160 samples of --data and 640 variants of them")
     assert (many.judged, many.fitted, many.source) == (51, 205, "--data")
     assert again.report.calibration == few
+
+
+class Mixer(nn.Module):
+    """A layer across tokens and one across channels, so that both axes of its values are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.across, self.back = nn.Linear(6, 12), nn.Linear(9, 16), nn.Linear(16, 9)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).mT
+        return self.head(self.back(torch.relu(self.across(x))).mT.mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "bias", "scale"])
+def test_layers_are_fitted_where_other_axes_than_their_own_are_cut(name: str) -> None:
+    data = noise(96, 9, 6, seed=1)
+    model = seeded(Mixer)
+    slim = slimc.compress(model, data[:2], flops=0.5, round_to=1, scorer="magnitude", recover="none")
+    with torch.no_grad():
+        before = float((slim.module.eval()(data) - model(data)).square().mean())
+        slim.recover(name, list(torch.split(data, 40)))
+        after = float((slim.module(data) - model(data)).square().mean())
+    assert after < before
+
+
+def test_outputs_that_are_matrices_of_samples_are_judged_in_batches_of_any_size() -> None:
+    class Similarities(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(torch.relu(self.a(x)))
+            return x @ x.T
+
+    data = noise(84, 6, seed=1)
+    slim = slimc.compress(seeded(Similarities), data[:2], flops=0.6, round_to=1, data=list(torch.split(data, 32)))
+    assert slim.report.recovery is not None
+    assert slim.report.recovery[0].kept
+
+
+def test_half_precision_is_ranked_and_distilled_in_float32() -> None:
+    data = noise(160, 3, 8, 8, seed=1)
+    wide = slimc.compress(seeded(Block), data[:2], flops=0.6, round_to=1, data=[data], recover="none", scorer="obs")
+    half = data.bfloat16()
+    model = seeded(Block).bfloat16()
+    slim = slimc.compress(model, half[:2], flops=0.6, round_to=1, data=[half], recover="distill", scorer="obs")
+    assert slim.report.recovery is not None
+    (step,) = slim.report.recovery
+    assert step.kept
+    ranked = [np.concatenate(list(own.plan.scores.values())) for own in (wide, slim)]
+    assert np.corrcoef(*(r.argsort().argsort() for r in ranked))[0, 1] > 0.95
+    tiny = seeded(Block).half()
+    plain = slimc.compress(tiny, data[:2].half(), flops=0.6, round_to=1, scorer="magnitude", recover="none")
+    before = {name: tensor.clone() for name, tensor in plain.module.state_dict().items()}
+    plain.recover("distill", [data.half()])
+    assert plain.report.recovery is not None
+    assert "left out" in plain.report.recovery[-1].detail
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.module.state_dict().items())
+
+
+def test_a_step_that_ends_in_an_error_leaves_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(work: recover.Task) -> str:
+        with torch.no_grad():
+            next(work.slim.parameters()).zero_()
+        raise RuntimeError("broken off")
+
+    recover.steps()
+    monkeypatch.setitem(recover.REGISTRY.entries, "break", recover.Step("break", "", "", break_off))
+    data = noise(32, 3, 8, 8, seed=1)
+    slim = slimc.compress(seeded(Block), data[:2], flops=0.6, round_to=1, scorer="magnitude", recover="none")
+    before = {name: tensor.clone() for name, tensor in slim.module.state_dict().items()}
+    with pytest.raises(RuntimeError, match="broken off"):
+        slim.recover("break", [data])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in slim.module.state_dict().items())
+
+
+def test_wide_inputs_that_vary_little_around_large_means_are_fitted_all_the_same() -> None:
+    wide = 300
+    x = noise(2000, wide, seed=1) + 1000
+    slope = noise(wide, 1, seed=2)
+    found = Moments(1, wide, 1, x.device)
+    found.add(x[None], ((x - 1000) @ slope)[None].double())
+    (fit,) = ridges(found, [1e-4], offset=True)
+    assert fit.change is not None
+    left = float(found.error(fit).sum() / (found.rr - found.r.square() / found.count).sum())
+    assert left < 1e-3

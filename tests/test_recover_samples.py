@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slimc
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
-from slimc.samples import Batch, Samples, set_apart
+from slimc.graph.capture import Example, capture
+from slimc.samples import Batch, Samples, collect, set_apart
+from slimc.synthetic import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +258,84 @@ def test_an_input_that_all_samples_share_is_not_joined() -> None:
     together = reestimated(seeded(Scaled), example, [(whole, scale)], flops=0.6).module.state_dict()
     apart = reestimated(seeded(Scaled), example, [(x[None], scale) for x in whole], flops=0.6).module.state_dict()
     torch.testing.assert_close(apart["n.running_mean"], together["n.running_mean"])
+
+
+class Masked(nn.Module):
+    """Tokens and a mask of [tokens, tokens] that all samples share; a scalar comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(50, 8), nn.Linear(8, 24), nn.Linear(24, 5)
+
+    def forward(self, scale: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.head(torch.relu(self.inner(self.table(ids)))) * scale
+        return mask @ x
+
+
+MASK = torch.tril(torch.ones(6, 6))
+
+
+def test_an_input_that_all_samples_share_stays_whole_even_if_it_is_as_long_as_a_batch() -> None:
+    ids = torch.randint(0, 50, (60, 6), generator=torch.Generator().manual_seed(0))
+    like = Example((torch.tensor(2.0), ids[:2], MASK), {})
+    found = collect([(torch.tensor(2.0), part, MASK) for part in torch.split(ids, 6)], like)
+    assert found.count == 60
+    for own in (*found.pieces(4), *found.joined(16).examples(), *found.split(0.3)[1].examples()):
+        assert own.args[1].shape[1:] == (6,)
+        torch.testing.assert_close(own.args[2], MASK)
+    fit, judged = found.split(0.3)
+    assert torch.equal(torch.cat([own.args[1] for part in (fit, judged) for own in part.examples()]).sum(), ids.sum())
+
+
+def test_made_up_tokens_leave_shared_inputs_alone() -> None:
+    example = (torch.tensor(2.0), torch.zeros(2, 6, dtype=torch.int64), MASK)
+    made = synthetic(capture(seeded(Masked), example), 40, 1.0)
+    assert made is not None
+    assert made.count == 40
+    for own in made.examples():
+        assert len(own.args[1].unique()) > 5
+        assert own.args[2] is MASK or torch.equal(own.args[2], MASK)
+    slim = slimc.compress(seeded(Masked), example, params=0.8, round_to=1)
+    assert slim.report.calibration is not None
+
+
+def test_inputs_that_are_not_tensors_do_not_shift_the_places_of_tokens() -> None:
+    class Flagged(Masked):
+        def forward(self, flag: Any, ids: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.tensor(1.0), ids, torch.eye(6))
+
+    example = (None, torch.zeros(2, 6, dtype=torch.int64))
+    made = synthetic(capture(seeded(Flagged), example), 40, 1.0)
+    assert made is not None
+    assert all(len(own.args[1].unique()) > 5 for own in made.examples())
+
+
+def test_targets_that_are_lists_of_samples_are_cut_with_them() -> None:
+    boxes = [{"box": torch.full((2, 4), float(i))} for i in range(10)]
+    batch = Batch(Example.of(noise(10, 3)), boxes)
+    assert [float(own["box"][0, 0]) for own in batch[3:6].targets] == [3, 4, 5]
+    pair = Batch(Example.of(noise(10, 3)), (torch.arange(10), {"weight": torch.arange(10.0), "name": "w"}))
+    labels, rest = pair[7:].targets
+    assert labels.tolist() == [7, 8, 9]
+    assert rest["weight"].tolist() == [7.0, 8.0, 9.0]
+    assert rest["name"] == "w"
+    moved = batch.to(torch.device("meta")).targets
+    assert all(own["box"].is_meta for own in moved)
+
+
+def test_pictures_are_fitted_where_norms_see_one_value_of_a_single_picture() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.linear, self.last, self.head = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(self.conv(x))).mean((2, 3))
+            return self.head(torch.relu(self.last(self.linear(x))))  # type: ignore[no-any-return]
+
+    made = synthetic(capture(seeded(Pooled), noise(2, 3, 16, 16)), 65, 1.0)
+    assert made is not None
+    assert "batch norms" in made.source
+    assert made.count == 65
+    assert all(bool(t.isfinite().all()) for own in made.examples() for t in own.tensors())

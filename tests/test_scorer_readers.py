@@ -364,3 +364,66 @@ def test_obs_says_nothing_of_what_a_wide_layer_reads_in_another_order(monkeypatc
     monkeypatch.setattr("slimc.scorers.obs.eliminate", None)  # is not asked: its gate's gradient is taken
     (found,) = score("obs", Last().eval(), [torch.rand(16, 3, 4, 4)]).values()
     assert (found > 0).all()
+
+
+class Written(nn.Module):
+    """Two layers as `nn.Linear`, or the same as products with a transposed weight."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.w = nn.ParameterList([nn.Parameter(torch.randn(s)) for s in ((6, 4), (5, 6), (3, 5))])
+        self.b = nn.ParameterList([nn.Parameter(torch.randn(len(w))) for w in self.w])
+
+    def layer(self, x: Tensor, number: int) -> Tensor:
+        w, b = self.w[number], self.b[number]
+        if self.how == "addmm":
+            return torch.addmm(b, x, w.T)
+        if self.how == "einsum":
+            return torch.einsum("ni,oi->no", x, w) + b
+        return torch.mm(x, w.T) + b if self.how == "mm" else nn.functional.linear(x, w, b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(2):
+            x = torch.relu(self.layer(x, number))
+        return nn.functional.linear(x, self.w[2], self.b[2])
+
+
+@pytest.mark.parametrize("how", ["addmm", "mm", "einsum"])
+def test_nisp_takes_absolute_weights_however_a_layer_is_written(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimc.scorers.nisp.importance", lambda features: torch.ones(features.shape[1]).double())
+    data = torch.randn(8, 4).double()
+    found = []
+    for own in ("linear", how):
+        torch.manual_seed(0)
+        found.append(score("nisp", Written(own).double().eval(), [data]))
+    for name, wanted in found[0].items():
+        np.testing.assert_allclose(found[1][name], wanted)
+
+
+def test_nisp_passes_norms_without_statistics() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), norm, nn.ReLU(), nn.Linear(6, 3))
+    found = score("nisp", model.double().eval(), [torch.randn(8, 4).double()])
+    assert all(np.isfinite(own).all() and own.max() > 0 for own in found.values())
+
+
+@pytest.mark.parametrize("width", [24, 25])
+def test_obs_takes_what_a_norm_of_tokens_saw_for_no_moments_of_features(width: int) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(8, width), nn.BatchNorm1d(6), nn.Linear(width, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.norm(self.a(x))))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, data = Tokens().double().eval(), torch.randn(64, 6, 8).double()
+    with torch.no_grad():
+        model.norm.running_var.mul_(torch.logspace(-2, 2, 6))  # type: ignore[union-attr]
+        plain = Tokens().double().eval()
+        plain.load_state_dict(model.state_dict())
+    found = score("obs", model, [data])
+    assert all(np.isfinite(own).all() for own in found.values())

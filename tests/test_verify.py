@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from zoo import CASES
 
+import slimc
 from slimc.analysis import Analysis, analyse
 from slimc.errors import VerificationError
 from slimc.graph import rule
@@ -270,3 +273,67 @@ def test_nothing_moves_where_nothing_is_cut() -> None:
 
 def test_the_error_of_a_right_cut_is_rounding_only() -> None:
     assert Cutting.of("DenseConcat").proof().max_relative_error < 1e-12
+
+
+class Recurrent(nn.Module):
+    """Starts from zeros that `forward` makes, in torch's default type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r, self.h = nn.Linear(8, 24), nn.Linear(24, 24), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], 24)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.a(x[:, t] + torch.arange(8.0)) + self.r(h))
+        return self.h(h)  # type: ignore[no-any-return]
+
+
+def test_what_forward_makes_of_nothing_has_the_precision_of_the_proof() -> None:
+    torch.manual_seed(0)
+    slim = slimc.compress(Recurrent().eval(), torch.randn(2, 5, 8), params=0.5, round_to=1, recover="none")
+    assert slim.report.verification.max_relative_error < 1e-12
+
+
+def _counted(module: Any, x: Tensor) -> Tensor:
+    module.count += 1
+    return x
+
+
+def _averaged(module: Any, x: Tensor) -> Tensor:
+    module.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
+    return x * module.mean[:, None, None]
+
+
+def _replaced(module: Any, x: Tensor) -> Tensor:
+    y = x * module.mean[:, None, None]
+    module.mean = 0.9 * module.mean + 0.1 * x.mean((0, 2, 3)).detach()
+    return y
+
+
+class State(nn.Module):
+    """Moves a buffer at every run."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.h = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3), nn.Linear(24, 4)
+        self.change = change
+        self.register_buffer("mean", torch.ones(24))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(self.b(self.change(self, torch.relu(self.a(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("change", [_counted, _averaged, _replaced])
+def test_buffers_that_forward_moves_are_those_of_the_user(change: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = State(change).eval(), torch.randn(2, 3, 8, 8)
+    data = [torch.randn(16, 3, 8, 8)]
+    slim = slimc.compress(model, x, flops=0.5, round_to=1, data=data, scorer="obs", recover="reconstruct")
+    assert type(slim.module) is State
+    slim.save(tmp_path / "slim")
+    found = slimc.load(tmp_path / "slim", State(change))
+    for module in (model, slim.module, found):
+        assert int(module.count) == 0  # type: ignore[arg-type]
+        assert torch.equal(module.mean, torch.ones(len(module.mean)))  # type: ignore[arg-type]

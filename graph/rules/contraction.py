@@ -7,6 +7,7 @@ grouped convolution is a split into (groups, channels per group) on its input an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch.fx import Node
 
@@ -87,19 +88,35 @@ def _wider(left: Axes, right: Axes) -> list[Terms]:
 @infers("einsum")
 def einsum(walk: Inference, node: Node) -> Axes:
     """Letters are axes: the same letter is the same channels."""
-    letters, _ = _letters(walk, node)
+    letters = _letters(walk, node)
     _, output = _equation(walk, node)
     return tuple(letters[letter] for letter in output)
 
 
 @counts("einsum")
 def einsum_macs(walk: Inference, node: Node) -> Products:
-    """One multiply-accumulate per combination of letters (for two operands)."""
-    letters, operands = _letters(walk, node)
-    return [(float(max(1, operands - 1)), list(letters.values()))] if operands > 1 else []
+    """One multiply-accumulate per combination of letters of each pair, in the order in which torch multiplies pairs.
+
+    That is from left to right, or the path that opt_einsum found when the model was captured. A letter that only one
+    operand has and that nothing needs afterwards is summed over before.
+    """
+    letters, (inputs, output) = _letters(walk, node), _equation(walk, node)
+    waiting = [set(names) for names in inputs]
+    given: Any = node.kwargs.get("path")
+    path = list(given or ())
+    products: Products = []
+    while len(waiting) > 1:
+        first, second = sorted((path.pop(0), path.pop(0)) if path else (0, 1))
+        right, left = waiting.pop(second), waiting.pop(first)
+        needed = set(output).union(*waiting)
+        used = [letter for letter in letters if letter in (left & right) | ((left | right) & needed)]
+        products.append((1.0, [letters[letter] for letter in used]))
+        result = (left | right) & needed
+        waiting = [*waiting, result] if given else [result, *waiting]
+    return products
 
 
-def _letters(walk: Inference, node: Node) -> tuple[dict[str, Terms], int]:
+def _letters(walk: Inference, node: Node) -> dict[str, Terms]:
     inputs, _ = _equation(walk, node)
     operands = node.args[1]
     assert isinstance(operands, (list, tuple))
@@ -111,7 +128,7 @@ def _letters(walk: Inference, node: Node) -> tuple[dict[str, Terms], int]:
                 letters[name] = axis
             elif len(axis) > 1:
                 walk.unify(node, known, axis)
-    return letters, len(operands)
+    return letters
 
 
 def _equation(walk: Inference, node: Node) -> tuple[list[list[str]], list[str]]:
@@ -148,6 +165,9 @@ def convolution(walk: Inference, node: Node) -> Axes:
     """input [N, C_in, ...], weight [C_out, C_in/groups, ...] (transposed: [C_in, C_out/groups, ...])."""
     call = arguments(node)
     x, weight = walk.axes(call["input"]), call["weight"]
+    if isinstance(call["groups"], Node):
+        walk.leave(node, "its number of groups is computed from its inputs, so its channels are left alone")
+        return walk.frozen(walk.out_shape(node))
     rank = len(walk.shape(weight)) - 2
     channel, space = x[-rank - 1], x[len(x) - rank :]
     reason = "a convolution needs its space and kernel axes whole"
@@ -197,7 +217,7 @@ def _split(walk: Inference, group: Terms, offset: Terms) -> Terms:
 def convolution_groups(work: Resizing, old: Node, new: Node) -> None:
     """The number of groups that are left: input channels over channels per group."""
     call = arguments(old)
-    if call["groups"] == 1:
+    if call["groups"] == 1 or isinstance(call["groups"], Node):
         return
     weight = work.new_shape(call["weight"])
     if _is_transposed(old):

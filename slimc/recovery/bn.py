@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from slimc.errors import UsageError
 from slimc.graph.infer import attribute
 from slimc.graph.rule import arguments, operator_name
+from slimc.graph.stateless import Stateless
 from slimc.recover import Task, step
 
 _AT_ONCE = 8
@@ -44,7 +45,7 @@ class _Sums:
             self.squares += wide.square().sum(other)
 
 
-class _Measuring(Interpreter):
+class _Measuring(Stateless):
     """Runs the graph with batch statistics and pools them per layer, over all places where it is used.
 
     sums: by the names of the running mean and variance.
@@ -93,7 +94,7 @@ def reestimate(task: Task) -> str:
         return "the model has no batch norm with running statistics: nothing to re-estimate"
     measuring = _Measuring(module)
     with torch.no_grad():
-        for example in task.samples.joined(_LEAST, task.types.captured.example).examples():
+        for example in task.samples.joined(_LEAST).examples():
             leaves = pytree.tree_leaves((example.args, example.kwargs))
             measuring.run(
                 *[leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], enable_io_processing=False

@@ -23,6 +23,7 @@ from slimc.graph.capture import Example
 from slimc.graph.infer import tensors_of
 from slimc.lockstep import trainable_at_once
 from slimc.onednn import Guard
+from slimc.readers import unhalved
 from slimc.recover import Task, step
 from slimc.recovery.optimiser import Optimiser, matrices
 from slimc.varied import varied
@@ -44,8 +45,10 @@ _WARMUP = 0.1
 def distill(task: Task) -> str:
     """Train all parameters of the slim graph; see the module for what it is drawn to."""
     parameters = [p for p in task.slim.parameters() if p.is_floating_point()]
+    if any(p.dtype == torch.float16 for p in parameters):
+        return "left out: gradients are below what float16 can tell from 0; give the model in float32 or bfloat16"
     batches = _batches(task)
-    samples = sum(len(batch.tensors()[0]) for batch in batches)
+    samples = sum(batch.count for batch in batches)
     epochs = _epochs(task, samples)
     if not epochs:
         return f"left out: {_FEWEST_EPOCHS} epochs, the fewest that are of use, would take too long"
@@ -55,8 +58,8 @@ def distill(task: Task) -> str:
     trained = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimiser = Optimiser(parameters, matrices(task, max(len(batch.tensors()[0]) for batch in batches)))
     try:
+        optimiser = Optimiser(parameters, matrices(task, max(batch.count for batch in batches)))
         for done in range(steps):
             if done % len(batches) == 0:
                 order = torch.randperm(len(batches), generator=generator).tolist()
@@ -126,5 +129,6 @@ def _loss(task: Task, example: Example, wanted: dict[Node, Node]) -> Tensor:
 
 def _relative(value: Tensor, goal: Tensor) -> Tensor:
     """The squared error as a share of the goal's variance."""
+    value, goal = unhalved(value), unhalved(goal)
     spread = goal.var(correction=0) if goal.numel() > 1 else torch.ones((), device=goal.device)
     return functional.mse_loss(value, goal) / spread.clamp_min(1e-12)

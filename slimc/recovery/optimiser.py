@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slimc.graph.infer import attribute, hint
-from slimc.readers import readers
+from slimc.readers import readers, unhalved
 from slimc.recover import Task
 
 _RATE, _MATRIX_RATE = 1e-3, 2e-3
@@ -28,32 +28,39 @@ for each place of the output. With so many places for each m, a sixth of the lay
 class Optimiser:
     """Moves parameters along their gradients, matrices by Muon and the others by Adam.
 
-    matrices: among the parameters; each is moved as [first axis, all others].
+    matrices: among the parameters; each is moved as [first axis, all others]. Parameters of half precision are moved
+    in float32 and rounded after each step.
     """
 
     def __init__(self, parameters: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
+        chosen = {id(matrix) for matrix in matrices}
+        self._moved: list[tuple[Tensor, Tensor]] = []
         for parameter in parameters:
             parameter.grad = None
-        chosen = {id(matrix) for matrix in matrices}
-        others = [p for p in parameters if id(p) not in chosen]
-        self._parameters = parameters
-        # Muon takes two axes only: it moves a view of each, which shares memory and is handed the gradient.
-        self._views = [(matrix, matrix.detach().view(len(matrix), -1).requires_grad_(True)) for matrix in matrices]
-        views = [view for _, view in self._views]
-        muon = [torch.optim.Muon(views, lr=_MATRIX_RATE, weight_decay=0.0)] if views else []
+            # Shares memory with the parameter, unless that is of half precision.
+            own = unhalved(parameter.detach())
+            # Muon takes two axes only.
+            own = own.view(len(own), -1) if id(parameter) in chosen else own.view_as(own)
+            self._moved.append((parameter, own.requires_grad_(True)))
+        flat = [own for parameter, own in self._moved if id(parameter) in chosen]
+        others = [own for parameter, own in self._moved if id(parameter) not in chosen]
+        muon = [torch.optim.Muon(flat, lr=_MATRIX_RATE, weight_decay=0.0)] if flat else []
         self._optimisers = [*muon, *([torch.optim.Adam(others, lr=_RATE)] if others else [])]
         self._rates = [group["lr"] for group in self._groups()]
 
     def step(self, share: float) -> None:
         """Move once by a share of the full rates."""
-        for matrix, view in self._views:
-            view.grad = None if matrix.grad is None else matrix.grad.view_as(view)
+        for parameter, own in self._moved:
+            own.grad = None if parameter.grad is None else unhalved(parameter.grad).reshape(own.shape)
         for group, rate in zip(self._groups(), self._rates, strict=True):
             group["lr"] = rate * share
         for optimiser in self._optimisers:
             optimiser.step()
-        for parameter in self._parameters:
+        for parameter, own in self._moved:
             parameter.grad = None
+            if own.dtype != parameter.dtype:
+                with torch.no_grad():
+                    parameter.copy_(own.view_as(parameter))
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimiser in self._optimisers for group in optimiser.param_groups]
@@ -71,7 +78,7 @@ def matrices(task: Task, samples: int) -> list[Tensor]:
         weight: Tensor = attribute(task.slim, reader.weight)
         if node not in originals or reader.groups > 1 or not weight.is_contiguous():
             continue
-        each = hint(reader.places(originals[node].meta["val"])) / task.types.captured.batch
+        each = reader.places([hint(size) for size in originals[node].meta["val"].shape]) / task.types.captured.batch
         if _PLACES * min(len(weight), weight.numel() // len(weight)) <= each * samples:
             found.append(weight)
     return found

@@ -14,7 +14,7 @@ section 3.3 for residual sums; the penalty towards the present weights and its c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slimc.graph.infer import attribute
+from slimc.graph.rule import Axes
 from slimc.lockstep import Frontier, lockstep
 from slimc.readers import Reader, readers
 from slimc.recover import Task, step
@@ -118,19 +119,23 @@ def _fit(
     choose: Choose,
     tally: Tally,
 ) -> None:
+    axes = task.types.values[old]
+    if not all(_is_comparable(task, axes, value) for value in before.of(old)):
+        tally.unchanged += 1
+        return
+    sizes = [_left(task, axes, value) for value in before.of(old)]
     matrix = reader.matrix(task.slim)
     groups, outputs, inputs = matrix.shape
     tail = tail_of(task, old, reader, before, after)
     weight: Tensor = attribute(task.slim, reader.weight)
-    axes = task.types.values[old]
     spatial = None
     bias = None if reader.bias is None else attribute(task.slim, reader.bias).detach()
-    counts = [reader.places(value) for value in before.of(old)]
+    counts = [reader.places(shape) for shape in sizes]
     wanted = _rows(groups, inputs)
     share = min(1.0, wanted / sum(counts))
     fitted, judged = (Moments(groups, inputs, outputs, matrix.device) for _ in range(2))
     wide = torch.float64 if inputs <= WIDEST else torch.float32
-    apart = set_apart([len(value) for value in before.of(old)], _JUDGED)
+    apart = set_apart([shape[0] for shape in sizes], _JUDGED)
     lost = size = 0.0
     for number, (value, source) in enumerate(zip(before.of(old), after.of(reader.source), strict=True)):
         target = task.cut.select(value, axes)
@@ -167,6 +172,17 @@ def _fit(
         reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
     if tail.offset is not None:
         tail.offset(fit.offset.flatten())
+
+
+def _is_comparable(task: Task, axes: Axes, value: Tensor) -> bool:
+    """Whether no axis is cut that is the batch times channels, whose size in the example is not that of a value."""
+    return all(task.cut.whole(axis) or len(axis) == size for axis, size in zip(axes, value.shape, strict=True))
+
+
+def _left(task: Task, axes: Axes, value: Tensor) -> Sequence[int]:
+    """The sizes of what the cut leaves of a value, of which any axis may be cut, such as the tokens of a mixer."""
+    kept = task.cut.shape(axes)
+    return [size if task.cut.whole(axis) else own for axis, size, own in zip(axes, value.shape, kept, strict=True)]
 
 
 def _rows(groups: int, inputs: int) -> int:

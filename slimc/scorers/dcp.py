@@ -20,6 +20,7 @@ from slimc.gradients import parameter_gradients
 from slimc.graph.groups import Group
 from slimc.graph.terms import Terms
 from slimc.passes import batches_of
+from slimc.readers import unhalved
 from slimc.readings import Reading, Sampling, running_worst
 from slimc.scores import Scores, Subject, scorer
 
@@ -118,7 +119,7 @@ def _part(layer: Reading, group: Group, gradients: dict[str, Tensor]) -> Part | 
     loss = None
     if (own := gradients.get(layer.parameter)) is not None:
         own = own[layer.outputs].flatten(2) if own.dim() > 2 else own[layer.outputs, :, None]
-        loss = own[outputs][:, chosen]
+        loss = unhalved(own[outputs][:, chosen])
     return Part.of(rows, layer.weight[outputs][:, chosen], members[chosen], loss)
 
 

@@ -14,8 +14,7 @@ import torch
 
 from slimc.gradients import gate_gradients
 from slimc.graph.cost import Model
-from slimc.graph.rule import operator_name
-from slimc.roles import CONVOLUTIONS, gated, joint, readers
+from slimc.roles import gated, joint, readers, writers
 from slimc.scores import Scores, Subject, scorer
 
 _SOURCE = "Liu et al., ICML 2021"
@@ -40,20 +39,19 @@ def fisher(subject: Subject) -> list[Scores]:
     normalisation="none",
 )
 def fisher_memory(subject: Subject) -> list[Scores]:
-    """fisher divided by how many numbers the convolutions and linear layers of a group make per channel and sample.
+    """fisher divided by how many numbers the layers that write a group make per channel and sample.
 
     Within a group the ranking is fisher's; between groups it is the paper's, so groups are not normalised again.
     """
     made = np.zeros(subject.types.solution.variables + 1)
-    for node, axes in subject.types.values.items():
-        name = operator_name(node) if node.op == "call_function" else ""
-        if name == "linear" or name in CONVOLUTIONS:
+    for site in writers(subject.types, after_norms=False):
+        if site.operand is None:
+            axes = subject.types.values[site.node]
             numbers = math.prod(map(len, axes)) / subject.types.captured.batch
-            for axis in axes:
-                for column in subject.types.solution.factors(axis).T:
-                    np.add.at(made, column, numbers / len(axis))  # -1, no variable, is the last entry
+            for column in site.factors.T:
+                np.add.at(made, column, numbers / len(axes[site.axis]))  # -1, no variable, is the last entry
     scores = fisher(subject)
-    return [own / max(1.0, each.max()) for own, each in zip(scores, subject.by_group(made), strict=True)]
+    return [own / each.max(initial=1.0) for own, each in zip(scores, subject.by_group(made), strict=True)]
 
 
 @scorer(

@@ -30,7 +30,7 @@ from slimc.errors import UsageError
 from slimc.graph.infer import attribute
 from slimc.graph.terms import Terms
 from slimc.lockstep import Frontier, sweep
-from slimc.readers import Reader, readers
+from slimc.readers import Reader, readers, unhalved
 from slimc.scores import Scores, Subject, scorer
 from slimc.sensitivities import sensitivities
 
@@ -44,6 +44,9 @@ _EXACT = 640
 _WIDEST = 6_144
 """Inputs of a reader beyond which its second moments would take too much memory. A linear layer behind a flattened map
 then sees channels, as a convolution does whose kernel covers the map; any other says nothing."""
+
+
+_NOT_FINITE = "the samples lead to values that are not finite (NaN or infinity), so obs cannot score"
 
 
 @scorer(
@@ -76,7 +79,8 @@ def obs(subject: Subject) -> list[Scores]:
     def visit(node: Node, frontier: Frontier) -> None:
         taps = _taps(subject, found[node])
         second, matrix = _second_moments(found[node], taps, frontier, generator)
-        if (known := trained.get(found[node].source)) is not None:
+        known = trained.get(found[node].source)
+        if known is not None and _reads_channels(found[node]):
             squares = known.square.to(second)
             if len(squares) > second.shape[0] * second.shape[1]:
                 squares = squares.reshape(-1, taps).mean(1)  # of the places of a flattened map
@@ -92,7 +96,7 @@ def obs(subject: Subject) -> list[Scores]:
         total[group.variables] += eliminate(own_parts, group.width)
         subject.tick(done, len(parts))
     if not np.isfinite(total).all():
-        raise UsageError("the samples lead to values that are not finite (NaN or infinity), so obs cannot score")
+        raise UsageError(_NOT_FINITE)
     return [total[group.variables] for group in subject.grouping.groups]
 
 
@@ -109,6 +113,11 @@ def _channels(subject: Subject, reader: Reader) -> Any:
     if reader.groups > 1 and np.isin(rows[rows >= 0], results).all():
         return None  # a depthwise convolution: its output goes with its input
     return rows
+
+
+def _reads_channels(reader: Reader) -> bool:
+    """Whether what is read is the first axis behind the batch, that of a batch norm's channels."""
+    return reader.kind.startswith("conv") or reader.source.meta["val"].dim() == 2
 
 
 def _inputs(subject: Subject, reader: Reader) -> int:
@@ -174,7 +183,11 @@ def _second_moments(reader: Reader, taps: int, frontier: Frontier, generator: to
     values, results = frontier.of(reader.source), frontier.of(reader.node)
     merged = taps > 1 and inputs > _EXACT
     size = inputs // taps if merged else inputs
-    counts = [value.numel() // (groups * size) for value in values] if merged else [*map(reader.places, results)]
+    counts = (
+        [value.numel() // (groups * size) for value in values]
+        if merged
+        else [reader.places(result.shape) for result in results]
+    )
     share = min(1.0, max(_FEWEST_ROWS, _ROWS_PER_INPUT * size) / sum(counts))
     total = torch.zeros(groups, size, size, dtype=torch.float64, device=weight.device)
     rows = 0
@@ -187,6 +200,7 @@ def _second_moments(reader: Reader, taps: int, frontier: Frontier, generator: to
         else:
             places = torch.randperm(count, generator=generator)[: max(1, round(share * count))].to(weight.device)
             x = reader.rows(value, weight, result.shape[2:], places)
+        x = unhalved(x)
         total += (x.transpose(1, 2) @ x).double()
         rows += len(places)
     total /= rows
@@ -288,7 +302,7 @@ def _parts(subject: Subject, reader: Reader, second: Tensor, matrix: Tensor) -> 
     each = size * groups // len(rows)  # inputs of one index: places of the kernel
     factor, failed = torch.linalg.cholesky_ex(second)
     if bool(failed.any()):
-        raise UsageError("the samples lead to values that are not finite (NaN or infinity), so obs cannot score")
+        raise UsageError(_NOT_FINITE)
     inverse = torch.cholesky_inverse(factor)
     per_group = len(rows) // groups
     found = []

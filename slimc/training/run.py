@@ -19,7 +19,7 @@ from slimc.analysis import Analysis, Stages
 from slimc.errors import UsageError
 from slimc.recover import Task
 from slimc.report import TrainingPoint
-from slimc.samples import Samples, affordable, batch_of, collect, to_device
+from slimc.samples import Samples, affordable, batch_of, collect
 
 from . import workers
 from .folder import RunFolder
@@ -313,7 +313,7 @@ class Run:
         """Accuracy on other batches, of which each process looks at its part."""
         with kept_random_state():  # a DataLoader draws from the global state even where it does not shuffle
             mine = itertools.islice(iter(batches), workers.rank(), None, workers.count())
-            own = (to_device(batch_of(item, self.analysis.captured.example), self._device) for item in mine)
+            own = (batch_of(item, self.analysis.captured.example).to(self._device) for item in mine)
             return evaluate(module, own, self.metric, self.options.recipe)
 
     def is_due(self) -> bool:

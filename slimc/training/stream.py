@@ -12,7 +12,7 @@ import torch
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
 from slimc.losses import check_labels
-from slimc.samples import Batch, batch_of, check_alike, check_finite, to_device
+from slimc.samples import Batch, batch_of, check_alike, check_finite
 
 from . import workers
 
@@ -60,7 +60,7 @@ class Stream:
         self.index += 1
         whole = batch_of(item, self._like)
         check_alike(whole.example.tensors(), self._like.tensors())
-        return to_device(workers.share(whole), self._device)
+        return workers.share(whole).to(self._device)
 
     def seek(self, epoch: int, index: int, state: dict[str, Any]) -> None:
         """Go to a place: batches before it are read and dropped, then the random state is put as it was there."""
