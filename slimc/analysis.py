@@ -228,7 +228,8 @@ def _copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({error}), and slimc never works on the caller's model itself. "
-            "Remove what cannot be copied (open files, non-leaf tensors kept as attributes) first."
+            "Remove what cannot be copied (open files, non-leaf tensors kept as attributes) first; weights of "
+            "torch.nn.utils.prune and weight_norm become plain ones by prune.remove and remove_weight_norm."
         ) from error
 
 

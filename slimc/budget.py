@@ -69,7 +69,7 @@ def parse(metric: str, value: str | float) -> Target:
 
 def _share(metric: str, text: str, share: float, is_cut: bool) -> float:
     if share >= 1 and not text.rstrip().endswith("%"):
-        amount = f"{share:g}M" if metric in ("flops", "params") else _EXAMPLES[metric]
+        amount = _plausible(metric, share)
         meant = f"{share:g}ms" if metric == "latency" else f"{share:g}%" if 1 < share < 100 else amount
         raise UsageError(f"--{metric} {text}: a share must be between 0 and 1. Did you mean {meant}? {_forms(metric)}")
     kept = 1 - share if is_cut else share
@@ -77,6 +77,13 @@ def _share(metric: str, text: str, share: float, is_cut: bool) -> float:
         what = "everything would be removed" if kept <= 0 else "there would be nothing to remove"
         raise UsageError(f"--{metric} {text}: {what}. {_forms(metric)}")
     return kept
+
+
+def _plausible(metric: str, number: float) -> str:
+    """The amount that a bare number may have been meant for: as it is if it is large, else in millions."""
+    if metric == "latency" or number < 1e3:
+        return f"{number:g}M" if metric in ("flops", "params") else _EXAMPLES[metric]
+    return amount(metric, number).replace(" ", "")
 
 
 def _forms(metric: str) -> str:
@@ -105,4 +112,5 @@ def describe(target: Target, before: float) -> str:
         return f"{metric}: {amount(metric, before)}, within {amount(metric, limit)} as it is: nothing to remove"
     kept = 100 * limit / before
     spent = f"{amount(metric, before)} → at most {amount(metric, limit)}"
-    return f"{metric}: {spent} (keep {kept:.3g}%, cut {100 - kept:.3g}%)"
+    digits = 3 if kept >= 1 else 6  # a cut of 99.99% is not all
+    return f"{metric}: {spent} (keep {kept:.3g}%, cut {100 - kept:.{digits}g}%)"

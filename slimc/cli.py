@@ -316,7 +316,7 @@ def _open(
         console.progress("note", "--unsafe-pickle: the file may run any code while it is read")
     loaded = load(model, arch=arch, allow=allow or (), unsafe_pickle=unsafe_pickle)
     console.progress("stage", "input")
-    return loaded, example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch)
+    return loaded, example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch, loaded.model)
 
 
 def _targets(**given: str | None) -> dict[str, str | None]:

@@ -15,8 +15,8 @@ from . import budget, eager, planner, scores
 from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
-from .choose import BETWEEN, Chosen, How, check_norm, check_pace, check_select, choose
-from .describe import facts_of, report_of, results_of, versions, warnings_of
+from .choose import BETWEEN, How, check_norm, check_pace, check_select, choose
+from .describe import facts_of, remarks_on, report_of, results_of, versions, warnings_of
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
 from .graph.capture import Example
@@ -50,6 +50,7 @@ _LARGE_MACS = 5e9
 """Float64 runs at tens of billions of operations a second on a small machine; the proof should take seconds."""
 
 
+@torch.random.fork_rng(devices=[])
 def compress(
     model: nn.Module,
     example_inputs: Any,
@@ -82,15 +83,16 @@ def compress(
     model: any nn.Module; it is left as it is. example_inputs: a tensor, a tuple of arguments or a dictionary.
     flops, params, size, memory: what may stay, as a share (0.4, "40%"), an amount ("1.6G", "20MB") or the cut
     ("-60%"). latency: the same of the time ("8ms") that the exported model takes in ONNX Runtime on this machine's
-    CPU, batch 1, with torch's number of threads; cuts are measured until one is fast enough. round_to: widths become
-    multiples of this; "auto" takes what this machine's runtime likes and gives way where the budget needs it. data:
-    batches to score and recover on, labels only where the scorer needs them, up to `samples` of them; without it
-    pictures or tokens are made up. scorer: "auto" is `obs` where there are samples, else `magnitude`. recover:
-    "auto" (all that the samples allow), "none" or a list. loss: takes outputs and targets, gives a mean over samples;
-    cross entropy if not given. schedule, epochs, val: train while cutting, on `data` with labels; see `slimc.schedule`,
-    which also takes the methods' settings. normalise: how groups are made comparable ("mean", "max", "l2", "cost",
-    "isomorphic", "none"; "auto" is what suits the scorer). select: "greedy", by one ranking, or "exact", whose widths
-    integer programming proves to be the best or near them.
+    CPU, batch 1, with torch's number of threads; cuts are measured until one is fast enough. round_to: widths
+    become multiples of this; "auto" takes what this machine's runtime likes and gives way where the budget needs
+    it. data: batches to score and recover on, labels only where the scorer needs them, up to `samples` of them;
+    without it pictures or tokens are made up. scorer: "auto" is `obs` where there are samples, else `magnitude`;
+    with recover "none" none are made up for it. recover: "auto" (all that the samples allow), "none" or a list.
+    loss: takes outputs and targets, gives a mean over samples; cross entropy if not given. schedule, epochs, val:
+    train while cutting, on `data` with labels; see `slimc.schedule`, which also takes the methods' settings.
+    normalise: how groups are made comparable ("mean", "max", "l2", "cost", "isomorphic", "none"; "auto" is what
+    suits the scorer). select: "greedy", by one ranking, or "exact", whose widths integer programming proves to be
+    the best or near them.
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     if schedule != "one-shot" or epochs is not None:
@@ -127,7 +129,8 @@ def compress(
     )
     options = How(normalise, select, alignment, round_to == "auto", ignored, pace)
     check_pace(analysis, options)
-    needed = bool(wanted) or (scorer != "auto" and scores.find(scorer).needs != "weights")
+    # With --recover none, data that is given is for the ranking.
+    needed = bool(wanted) or (data is not None if scorer == "auto" else scores.find(scorer).needs != "weights")
     calibration = gather(analysis, data, samples, seed, stages) if needed else None
     steps = recovery.possible(wanted, calibration)
     method = scores.find(scorer if scorer != "auto" else "obs" if calibration else "magnitude")
@@ -154,7 +157,7 @@ def compress(
     if chosen.latency is not None:
         results["latency"] = chosen.latency
     described = Method(method.name, "one-shot", choice.round_to, seed)
-    warnings = _remarks(analysis, method, chosen, alignment, bool(wanted) and not calibration)
+    warnings = remarks_on(analysis, method, chosen, limits, alignment, bool(wanted) and not calibration)
     slim = build(analysis, chosen.cut, facts, results, described, stages, warnings, name)
     slim.report = replace(slim.report, selection=chosen.selection)
     if steps and calibration:
@@ -162,6 +165,7 @@ def compress(
     return slim
 
 
+@torch.random.fork_rng(devices=[])
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -347,23 +351,6 @@ def _beside(
         if others:
             found.append(synthetic(analysis.captured, others, analysis.work, seed))
     return [samples for samples in found if samples]
-
-
-def _remarks(analysis: Analysis, method: scores.Method, chosen: Chosen, alignment: int, unfitted: bool) -> list[str]:
-    """What users should know of how channels were chosen."""
-    found = []
-    if chosen.choice.round_to < alignment:
-        aligned = f"widths are multiples of {chosen.choice.round_to} only"
-        found.append(f"{aligned}: the budget leaves no room for {alignment}")
-    if chosen.unscored:
-        names = ", ".join(analysis.groups[number].name for number in chosen.unscored)
-        found.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
-    if unfitted:
-        found.append(
-            "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs "
-            "(for large pictures --samples N does so, however long it takes)"
-        )
-    return found
 
 
 def _costs(analysis: Analysis, cut: Cut) -> Costs:

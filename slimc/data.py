@@ -30,7 +30,7 @@ def open_data(text: str, like: Example, batch_size: int = 64) -> Iterable[Any]:
             f"--data {text}: wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package.module:function"
         )
     if kind == "npz":
-        return _npz(Path(rest), batch_size)
+        return _npz(Path(rest), batch_size, like)
     if kind == "fashion-mnist":
         images, labels = fashion_mnist(Path(rest))
         return list(zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True))
@@ -45,11 +45,16 @@ def _pictures(paths: Sequence[Path], shape: tuple[int, ...], batch_size: int) ->
         yield torch.stack([picture(path, shape) for path in paths[start : start + batch_size]])
 
 
-def _npz(path: Path, batch_size: int) -> list[tuple[Tensor, ...]]:
-    tensors = list(load_arrays(path).values())
+def _npz(path: Path, batch_size: int, like: Example) -> list[Any]:
+    """Batches of all arrays in order, or by name where the model's inputs have the names of arrays."""
+    arrays = load_arrays(path)
+    tensors = list(arrays.values())
     if len({t.shape[:1] for t in tensors}) != 1 or not tensors[0].dim():
         raise UsageError(f"{path}: each of its arrays must hold one entry per sample, as many as the others")
-    return list(zip(*(torch.split(t, batch_size) for t in tensors), strict=True))
+    batches = list(zip(*(torch.split(t, batch_size) for t in tensors), strict=True))
+    if like.kwargs and all(name in arrays for name, value in like.kwargs.items() if isinstance(value, Tensor)):
+        return [dict(zip(arrays, batch, strict=True)) for batch in batches]
+    return batches
 
 
 def _function(module: str, name: str) -> Iterable[Any]:

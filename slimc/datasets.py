@@ -110,6 +110,8 @@ def load_arrays(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} cannot be read as .npz or .npy: {error}") from error
     if not arrays:
         raise UsageError(f"{path} holds no array")
+    if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise UsageError(f"{path} is no .npz file: {others[0]} in it is no array")
     try:
         return {n: torch.from_numpy(a.astype(_ours(a.dtype), copy=False)) for n, a in arrays.items()}
     except TypeError as error:

@@ -12,6 +12,7 @@ from torch import nn
 from . import __version__, eager, planner
 from .analysis import Analysis, Stages
 from .budget import Target
+from .choose import Chosen
 from .exporters import machine
 from .graph.cost import Costs
 from .graph.resize import Cut
@@ -25,7 +26,11 @@ from .report import (
     TargetResult,
     Verification,
 )
+from .scores import Method as Scorer
 from .verify import Proof
+
+_UNUSED = 0.05
+"""A share of the original that a budget may leave unused without a remark."""
 
 
 def facts_of(
@@ -107,3 +112,45 @@ def report_of(
         ),
         warnings=tuple(warnings),
     )  # fmt: skip
+
+
+def remarks_on(
+    analysis: Analysis,
+    method: Scorer,
+    chosen: Chosen,
+    limits: Mapping[str, float],
+    alignment: int,
+    unfitted: bool,
+) -> list[str]:
+    """What users should know of how channels were chosen."""
+    found = [_coarse(analysis, chosen.choice, limits)] if chosen.choice.round_to > 1 else []
+    if chosen.choice.round_to < alignment:
+        aligned = f"widths are multiples of {chosen.choice.round_to} only"
+        found.append(f"{aligned}: the budget leaves no room for {alignment}")
+    if chosen.unscored:
+        names = ", ".join(analysis.groups[number].name for number in chosen.unscored)
+        found.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
+    if unfitted:
+        found.append(
+            "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs "
+            "(for large pictures --samples N does so, however long it takes)"
+        )
+    return [remark for remark in found if remark]
+
+
+def _coarse(analysis: Analysis, choice: planner.Choice, limits: Mapping[str, float]) -> str:
+    """That multiples cost more than the budget did, where it is much, as in small networks."""
+    unused: dict[str, tuple[float, float]] = {}
+    for metric, limit in limits.items():
+        whole, got = (float(getattr(costs, planner.METRIC[metric])) for costs in (analysis.full, choice.costs))
+        if limit < whole:
+            unused[metric] = got / whole, limit / whole
+    if not unused:
+        return ""
+    metric, (got, most) = min(unused.items(), key=lambda item: item[1][1] - item[1][0])
+    if most - got <= _UNUSED:
+        return ""
+    return (
+        f"widths are multiples of {choice.round_to}, which leaves {100 * got:.1f}% of --{metric} where "
+        f"{100 * most:.1f}% may stay: --round-to 1 comes nearer"
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .datasets import load_arrays
 from .errors import UsageError
@@ -24,10 +25,16 @@ _BATCH = 2
 _MOST = 2**31
 
 
-def example_inputs(given: Sequence[str], known: tuple[int, ...] | None, seed: int, batch: int | None = None) -> Example:
+def example_inputs(
+    given: Sequence[str],
+    known: tuple[int, ...] | None,
+    seed: int,
+    batch: int | None = None,
+    model: nn.Module | None = None,
+) -> Example:
     """Inputs from --input (shapes or a file), or of the shape that the model is known to take.
 
-    batch: the batch size that the model wants, where it wants one.
+    batch: the batch size that the model wants, where it wants one. model: tells the names of arguments.
 
     Raises UsageError where neither says what the input is.
     """
@@ -41,15 +48,27 @@ def example_inputs(given: Sequence[str], known: tuple[int, ...] | None, seed: in
     if files and len(given) > 1:
         raise UsageError("--input: give one file with all inputs, or a shape for each input")
     if files:
-        return _from_file(Path(files[0]))
+        return _from_file(Path(files[0]), _names(model))
     return Example(tuple(_tensor(text, generator, batch or _BATCH) for text in given), {})
 
 
-def _from_file(path: Path) -> Example:
+def _names(model: nn.Module | None) -> list[str] | None:
+    """What a model's arguments are called; None where it takes any."""
+    parameters = inspect.signature(model.forward).parameters if model is not None else {}
+    if not parameters or any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values()):
+        return None
+    return list(parameters)
+
+
+def _from_file(path: Path, names: list[str] | None) -> Example:
     arrays = load_arrays(path)
+    strange = [name for name in arrays if names is not None and name not in names]
     # Names that numpy gives (arr_0) or that stand for the only input say nothing of the model's arguments.
-    if all(name.startswith("arr_") for name in arrays) or list(arrays) == ["input"]:
+    if all(name.startswith("arr_") for name in arrays) or list(arrays) == ["input"] or (len(arrays) == 1 and strange):
         return Example(tuple(arrays.values()), {})
+    if strange:
+        held, wanted = ", ".join(arrays), ", ".join(names or ())
+        raise UsageError(f"{path} holds {held}; arrays are arguments by name, and the model takes {wanted}")
     return Example((), dict(arrays))
 
 

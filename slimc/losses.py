@@ -13,7 +13,7 @@ from .errors import UsageError
 from .graph.infer import Types, hint
 from .scores import Loss, Subject
 
-_GIVE = "give loss=, any function of (outputs, targets) that returns a scalar"
+_GIVE = "give loss= in Python, any function of (outputs, targets) that returns a scalar"
 
 
 def loss_of(subject: Subject) -> Loss:

@@ -23,8 +23,8 @@ Data = Annotated[str | None, typer.Option(help="samples to score and recover on:
 SamplesOption = Annotated[int | None, typer.Option("--samples", min=2, help="how many samples to use at most (default: up to 512, fewer for large models)")]  # fmt: skip  # noqa: E501
 Schedule = Annotated[str, typer.Option(help="how it is cut and trained; see `slimc methods`")]
 Epochs = Annotated[float | None, typer.Option(min=0.0, help="train with labels: passes over --data in all, fine-tuning included")]  # fmt: skip  # noqa: E501
-BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a training batch (default 128)")]
-Rate = Annotated[float | None, typer.Option(help="peak learning rate (default: 0.05, 0.0005 for transformers)")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a training batch (default 128; digits: 64)")]
+Rate = Annotated[float | None, typer.Option(help="peak learning rate (default: 0.05, 0.0005 with layer norms)")]
 Distil = Annotated[float, typer.Option(help="share of the training loss that draws to the original's outputs, 0 to 1")]
 Setting = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the schedule")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted training run (OUT-run)")]

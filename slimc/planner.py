@@ -121,9 +121,10 @@ def _missed(limits: Mapping[str, float], smallest: Costs, full: Costs) -> str:
     for metric, limit in limits.items():
         least, before = getattr(smallest, METRIC[metric]), getattr(full, METRIC[metric])
         if least > limit:
+            reached = amount(metric, _least(least) if least < before else before)
             missed.append(
                 f"--{metric} asks for at most {amount(metric, limit)} of {amount(metric, before)}; the smallest that "
-                f"can be reached is {_up(least / before)} of the original ({amount(metric, _least(least))})"
+                f"can be reached is {_up(least / before)} of the original ({reached})"
             )
     return "; ".join(missed)
 

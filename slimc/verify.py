@@ -25,8 +25,9 @@ from torch.utils import _pytree as pytree
 
 from .errors import VerificationError
 from .graph.capture import Example
-from .graph.infer import Types, attribute
+from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut
+from .graph.rule import arguments, operator_name
 from .rewrite import Rewritten
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -168,6 +169,12 @@ class _Check:
 
     def _first_difference(self, leaves: list[Any], read: Read, error: float) -> str:
         """Run both graphs once more, keep every value, and name the first node that differs."""
+        if drawing := _random_operator(self.types.captured.module):
+            return (
+                f"the model draws random numbers at inference ({drawing}), so that its outputs are never the same "
+                "twice and no cut can be proven. Nothing was written. Draw them in training mode only, or make "
+                "them an input."
+            )
         masked = Masked(self.types, self.cut, self.rewritten, read, self.dtype)
         plain = Plain(self.rewritten.module, self._sliced(read), self.dtype)
         masked.results(leaves, keep=True)
@@ -186,6 +193,20 @@ class _Check:
                     "Nothing was written. This is a fault of slimc: please report it with the model."
                 )
         return f"the rewritten model differs from the masked original by {error:.2g} of the output, at no single node"
+
+
+def _random_operator(module: GraphModule) -> str:
+    """An operator of the graph that draws random numbers; empty if there is none."""
+    for node in module.graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            call = arguments(node)
+            share = call.get("dropout_p", call.get("p"))
+            is_idle = share == 0 or call.get("train") is False or call.get("training") is False
+            if not is_idle:
+                path = module_path(node)
+                return f"{operator_name(node)}{f' in {path}' if path else ''}"
+    return ""
 
 
 class Plain(Interpreter):

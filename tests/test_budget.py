@@ -62,7 +62,7 @@ def test_what_is_no_target_is_refused_with_the_forms_that_are(text: str) -> None
 @pytest.mark.parametrize(
     ("metric", "text", "meant"),
     [("flops", "1.5", "1.5%"), ("flops", "40", "40%"), ("params", "12.5", "12.5%"), ("params", "250", "250M"),
-     ("size", "200", "20MB")],
+     ("size", "200", "20MB"), ("params", "5000", "5k"), ("flops", "1e9", "1G"), ("size", "20000", "20kB")],
 )  # fmt: skip
 def test_a_share_above_one_is_refused_with_what_was_probably_meant(metric: str, text: str, meant: str) -> None:
     with pytest.raises(UsageError) as refused:
@@ -71,7 +71,8 @@ def test_a_share_above_one_is_refused_with_what_was_probably_meant(metric: str, 
 
 
 def test_what_is_suggested_is_accepted() -> None:
-    for metric, text in (("flops", "1.5"), ("flops", "40"), ("params", "250"), ("memory", "200")):
+    cases = ("flops 1.5", "flops 40", "params 250", "memory 200", "params 5000", "size 123456", "memory 999999999")
+    for metric, text in map(str.split, cases):
         with pytest.raises(UsageError) as refused:
             parse(metric, text)
         parse(metric, str(refused.value).partition("Did you mean ")[2].partition("?")[0])
@@ -118,3 +119,7 @@ def test_a_quantity_for_people_is_the_quantity_to_three_digits(metric: str, valu
     assert float(number) * scales[unit] == pytest.approx(value, rel=5.1e-3)
     assert unit.endswith("B") == (metric in ("size", "memory"))
     assert unit.endswith("s") == (metric == "latency")
+
+
+def test_a_deep_cut_is_not_said_to_be_all() -> None:
+    assert "(keep 0.01%, cut 99.99%)" in describe(parse("flops", "0.0001"), 1e9)

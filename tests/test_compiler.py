@@ -359,3 +359,11 @@ def test_a_plan_for_another_architecture_is_refused(slim: slimc.Compressed) -> N
         slimc.apply(seeded(lambda: ConvNet(12)), slim.plan, X)
     with pytest.raises(PlanError, match="does not have"):
         slimc.apply(seeded(TwoInputs), slim.plan, (noise(4, 6), noise(4, 5)))
+
+
+def test_multiples_that_leave_much_of_the_budget_unused_are_said() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 4, 3)))
+    coarse = plain(model, X, flops=0.9, round_to=16)
+    assert any("multiples of 16, which leaves 66.7% of --flops where 90.0%" in text for text in coarse.report.warnings)
+    fine = plain(model, X, flops=0.9, round_to=1)
+    assert not any("multiples" in text for text in fine.report.warnings)

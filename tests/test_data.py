@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,19 @@ def test_pictures_of_16_bits_are_read_like_those_of_8(tmp_path: Path) -> None:
         torch.testing.assert_close(picture(tmp_path / "16.png", shape), picture(tmp_path / "8.png", shape))
         with pytest.raises(UsageError, match=r"float\.tiff holds 32-bit values"):
             picture(tmp_path / "float.tiff", shape)
+
+
+def test_arrays_are_inputs_by_name_where_the_example_has_these_names(tmp_path: Path) -> None:
+    np.savez(tmp_path / "named.npz", meta=np.ones((5, 2)), image=np.zeros((5, 3)), label=np.arange(5))
+    like = Example((), {"image": torch.zeros(2, 3), "meta": torch.zeros(2, 2)})
+    found = collect(open_data(f"npz:{tmp_path / 'named.npz'}", like), like)
+    assert found.labelled
+    assert found.batches[0].example.kwargs["image"].shape == (5, 3)
+    assert torch.equal(torch.as_tensor(found.batches[0].targets), torch.arange(5))
+
+
+def test_an_archive_of_other_files_is_no_npz(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as file:
+        file.writestr("readme.txt", "no array")
+    with pytest.raises(UsageError, match=r"no \.npz file: readme.txt"):
+        load_arrays(tmp_path / "other.npz")

@@ -89,3 +89,13 @@ def test_inputs_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as refused:
             example_inputs(given, None, 0)
         assert said in str(refused.value)
+
+
+def test_a_single_array_need_not_have_the_arguments_name_and_several_must(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    np.savez(tmp_path / "one.npz", pictures=np.ones((2, 3), np.float32))
+    (own,) = example_inputs([str(tmp_path / "one.npz")], None, 0, None, model).args
+    assert own.shape == (2, 3)
+    np.savez(tmp_path / "two.npz", pictures=np.ones((2, 3)), labels=np.ones(2))
+    with pytest.raises(UsageError, match=r"holds pictures, labels; .* the model takes input"):
+        example_inputs([str(tmp_path / "two.npz")], None, 0, None, model)

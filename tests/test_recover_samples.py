@@ -268,7 +268,7 @@ class Masked(nn.Module):
         self.table, self.inner, self.head = nn.Embedding(50, 8), nn.Linear(8, 24), nn.Linear(24, 5)
 
     def forward(self, scale: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.head(torch.relu(self.inner(self.table(ids)))) * scale
+        x: Tensor = self.head(torch.relu(self.inner(self.table(ids)))) * scale
         return mask @ x
 
 
@@ -313,13 +313,15 @@ def test_inputs_that_are_not_tensors_do_not_shift_the_places_of_tokens() -> None
 def test_targets_that_are_lists_of_samples_are_cut_with_them() -> None:
     boxes = [{"box": torch.full((2, 4), float(i))} for i in range(10)]
     batch = Batch(Example.of(noise(10, 3)), boxes)
-    assert [float(own["box"][0, 0]) for own in batch[3:6].targets] == [3, 4, 5]
+    cut: Any = batch[3:6].targets
+    assert [float(own["box"][0, 0]) for own in cut] == [3, 4, 5]
     pair = Batch(Example.of(noise(10, 3)), (torch.arange(10), {"weight": torch.arange(10.0), "name": "w"}))
-    labels, rest = pair[7:].targets
+    last: Any = pair[7:].targets
+    labels, rest = last
     assert labels.tolist() == [7, 8, 9]
     assert rest["weight"].tolist() == [7.0, 8.0, 9.0]
     assert rest["name"] == "w"
-    moved = batch.to(torch.device("meta")).targets
+    moved: Any = batch.to(torch.device("meta")).targets
     assert all(own["box"].is_meta for own in moved)
 
 

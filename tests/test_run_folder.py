@@ -249,3 +249,13 @@ def test_an_interrupt_finishes_the_step_and_saves(tmp_path: Path, monkeypatch: p
     assert saved is not None
     trained = sum(event["kind"] == "phase" for event in saved["journal"]), saved["middle"]["loop"]["done"]
     assert trained == (2, 0)  # a tock of two steps and a tick of one; the next one has not begun
+
+
+def test_a_run_that_fails_before_anything_is_kept_leaves_no_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {})
+    with pytest.raises(RuntimeError), folder.locked():
+        raise RuntimeError
+    assert not (tmp_path / "run").exists()
+    with folder.locked():
+        folder.log({"event": "begun"})
+    assert (tmp_path / "run" / "log.jsonl").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -377,11 +379,13 @@ class Written(nn.Module):
 
     def layer(self, x: Tensor, number: int) -> Tensor:
         w, b = self.w[number], self.b[number]
-        if self.how == "addmm":
-            return torch.addmm(b, x, w.T)
-        if self.how == "einsum":
-            return torch.einsum("ni,oi->no", x, w) + b
-        return torch.mm(x, w.T) + b if self.how == "mm" else nn.functional.linear(x, w, b)
+        found: dict[str, Callable[[], Tensor]] = {
+            "addmm": lambda: torch.addmm(b, x, w.T),
+            "einsum": lambda: torch.einsum("ni,oi->no", x, w) + b,
+            "mm": lambda: torch.mm(x, w.T) + b,
+            "linear": lambda: nn.functional.linear(x, w, b),
+        }
+        return found[self.how]()
 
     def forward(self, x: Tensor) -> Tensor:
         for number in range(2):

@@ -10,10 +10,10 @@ from torch.utils.data import TensorDataset
 
 from slimc.demo import SIDE, Digits, DigitsNet, digits, trained_digits_net
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
+from slimc.graph.capture import Example, capture
 from slimc.samples import Batch, batch_of
 from slimc.training.loop import Epoch, Loop, evaluate, fit
-from slimc.training.recipe import Recipe, factor, parameter_groups
+from slimc.training.recipe import Recipe, default_rate, factor, parameter_groups
 from slimc.training.stream import Stream, kept_random_state, random_state, seed_all
 
 LIKE = torch.zeros(2, 4)
@@ -314,3 +314,11 @@ def test_the_demo_network_learns_the_digits() -> None:
     images, labels = data.test.tensors
     assert evaluate(model, [Batch(Example.of(images), labels)]) >= 0.97
     assert not model.training
+
+
+def test_layer_norms_are_seen_in_graphs_as_well() -> None:
+    normed = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    graph = capture(normed, torch.randn(2, 4)).module
+    plain = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)).module
+    assert default_rate(Recipe(), normed) == default_rate(Recipe(), graph) == 5e-4
+    assert default_rate(Recipe(), plain) == 0.05

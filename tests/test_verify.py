@@ -292,6 +292,7 @@ class Recurrent(nn.Module):
 def test_what_forward_makes_of_nothing_has_the_precision_of_the_proof() -> None:
     torch.manual_seed(0)
     slim = slimc.compress(Recurrent().eval(), torch.randn(2, 5, 8), params=0.5, round_to=1, recover="none")
+    assert slim.report.verification is not None
     assert slim.report.verification.max_relative_error < 1e-12
 
 
@@ -302,11 +303,12 @@ def _counted(module: Any, x: Tensor) -> Tensor:
 
 def _averaged(module: Any, x: Tensor) -> Tensor:
     module.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
-    return x * module.mean[:, None, None]
+    y: Tensor = x * module.mean[:, None, None]
+    return y
 
 
 def _replaced(module: Any, x: Tensor) -> Tensor:
-    y = x * module.mean[:, None, None]
+    y: Tensor = x * module.mean[:, None, None]
     module.mean = 0.9 * module.mean + 0.1 * x.mean((0, 2, 3)).detach()
     return y
 
@@ -337,3 +339,30 @@ def test_buffers_that_forward_moves_are_those_of_the_user(change: Any, tmp_path:
     for module in (model, slim.module, found):
         assert int(module.count) == 0  # type: ignore[arg-type]
         assert torch.equal(module.mean, torch.ones(len(module.mean)))  # type: ignore[arg-type]
+
+
+class Drawing(nn.Module):
+    """Adds noise inside, at inference too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.noisy, self.h = nn.Linear(8, 24), Noisy(), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(self.noisy(torch.relu(self.a(x))))  # type: ignore[no-any-return]
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_a_model_that_draws_random_numbers_is_refused_for_that_and_leaves_no_trace() -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(VerificationError, match=r"draws random numbers at inference \(randn_like in noisy\)"):
+        slimc.compress(Drawing().eval(), x, params=0.5, round_to=1, recover="none")
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(8, 24), nn.Dropout(0.5), nn.Linear(24, 4)).eval()
+    before = torch.get_rng_state()
+    slimc.compress(model, x, params=0.5, round_to=1)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -166,7 +166,7 @@ def _file_classes(found: list[Difference]) -> int | None:
 
 
 def _describe(found: list[Difference], state: StateDict, built: Built, arch: str, label: str) -> str:
-    lines = [f"{label}: {len(found)} of {len(state)} tensors do not fit {arch}:"]
+    lines = [f"{label}: {len(found)} tensors do not fit {arch} (the file holds {len(state)}):"]
     lines += [f"  {p.name}: file {_shape(p.file)}, {built.name} {_shape(p.model)}" for p in found[:_SHOWN]]
     if len(found) > _SHOWN:
         lines.append(f"  and {len(found) - _SHOWN} more")

@@ -18,9 +18,7 @@ _BLOCK = 1 << 16
 """Elements that are raised to their power at a time: few enough to stay in a core's cache until they are summed."""
 
 
-@scorer(
-    "magnitude", "sum of absolute (l1) or squared (l2) weights over all members of the group", "Li et al., ICLR 2017"
-)
+@scorer("magnitude", "l2 norm (default) or l1 norm of all weights that go with a channel", "Li et al., ICLR 2017")
 def magnitude(subject: Subject) -> list[Scores]:
     """l1: the sum of |w| over everything that goes with a channel; l2: the root of the sum of w squared."""
     order = ORDER.get(subject.norm)

@@ -17,7 +17,7 @@ from slimc.result import Compressed
 from . import schedule as registry
 from . import workers
 from .api import schedule
-from .feeds import BATCH, open_training
+from .feeds import open_training
 from .folder import RunFolder
 from .recipe import Recipe
 
@@ -49,14 +49,13 @@ class Training:
 
     def run(self, model: nn.Module, example: Example, *, data: str, folder: Path, **options: Any) -> Compressed | None:
         """Train and cut; None in processes that only helped with that."""
-        size = self.batch_size or BATCH
-        feeds = open_training(data, example, size)
+        feeds = open_training(data, example, self.batch_size)
         with workers.joined():
             found: Compressed = schedule(
                 self.schedule, model, example, epochs=self.epochs, data=feeds.train, val=feeds.validation,
                 test=feeds.test, recipe=Recipe(rate=self.rate, distil=self.distil), settings=self._settings(),
                 folder=folder, resume=self.resume, device=workers.device(),
-                data_name=f"{data} in batches of {size}", **options,
+                data_name=f"{data} in batches of {self.batch_size or 'the usual size'}", **options,
             ).result  # fmt: skip
             return found if workers.rank() == 0 else None
 

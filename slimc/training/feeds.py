@@ -20,7 +20,7 @@ from slimc.datasets import fashion_mnist, image_folder, load_arrays, picture
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
 
-BATCH = 128
+BATCH, _DIGITS = 128, 64
 _HELD_OUT = 1 / 6
 """The share for validation where the data does not say: 10,000 of Fashion-MNIST's 60,000."""
 _SHIFT = 14
@@ -36,7 +36,7 @@ class Feeds:
     test: Iterable[Any] | None
 
 
-def open_training(text: str, like: Example, batch_size: int = BATCH) -> Feeds:
+def open_training(text: str, like: Example, batch_size: int | None = None) -> Feeds:
     """Read --data for training.
 
     `fashion-mnist:DIR` has 50,000 pictures to train on and 10,000 for each other part; `imagefolder:DIR` takes the
@@ -45,6 +45,7 @@ def open_training(text: str, like: Example, batch_size: int = BATCH) -> Feeds:
     (train, validation) or (train, validation, test).
     """
     kind, _, rest = text.partition(":")
+    asked, batch_size = batch_size, batch_size or BATCH
     if kind == "fashion-mnist":
         images, labels = fashion_mnist(Path(rest)) if rest else fashion_mnist()
         test = fashion_mnist(Path(rest), "t10k") if rest else fashion_mnist(split="t10k")
@@ -58,7 +59,7 @@ def open_training(text: str, like: Example, batch_size: int = BATCH) -> Feeds:
 
         parts = digits()
         train, validation, test_part = (list(part.tensors) for part in (parts.train, parts.validation, parts.test))
-        return Feeds(Arrays(train, 64, trains=True), Arrays(validation), Arrays(test_part))  # mirrored digits are none
+        return Feeds(Arrays(train, asked or _DIGITS, trains=True), Arrays(validation), Arrays(test_part))
     if kind == "npz":
         return _split(list(load_arrays(Path(rest)).values()), batch_size, Path(rest))
     if kind == "imagefolder":

@@ -107,7 +107,16 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"{self.path} is in use by another slimc that is running now") from None
-            yield
+            try:
+                yield
+            finally:
+                self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
+        """Leave no folder of a run that ended before anything was kept."""
+        if [file.name for file in self.path.iterdir()] == [_LOCK]:
+            (self.path / _LOCK).unlink()
+            self.path.rmdir()
 
     @staticmethod
     def holds_run(path: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from slimc.errors import UsageError
 
@@ -99,8 +100,17 @@ def default_rate(recipe: Recipe, module: nn.Module) -> float:
 
 
 def _is_adam(recipe: Recipe, module: nn.Module) -> bool:
-    transformer = any(isinstance(part, nn.LayerNorm) for part in module.modules())
-    return recipe.optimiser == "adamw" or (recipe.optimiser == "auto" and transformer)
+    return recipe.optimiser == "adamw" or (recipe.optimiser == "auto" and has_layer_norms(module))
+
+
+def has_layer_norms(module: nn.Module) -> bool:
+    """Whether a model, as modules or as a graph, normalises over features: a transformer, mostly."""
+    for part in module.modules():
+        if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
+            return True
+        if isinstance(part, GraphModule) and any("layer_norm" in str(node.target) for node in part.graph.nodes):
+            return True
+    return False
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:

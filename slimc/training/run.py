@@ -29,7 +29,7 @@ from .loop import Hooks, Loss, Metric, evaluate
 from .network import Alive, Network
 from .options import Options
 from .phase import Phase, Trainer
-from .recipe import default_rate
+from .recipe import default_rate, has_layer_norms
 from .schedule import Schedule
 from .selection import Selection
 from .stream import Stream, kept_random_state, random_state, seed_all, set_random_state
@@ -192,6 +192,8 @@ class Run:
         if name != "finetune":
             recipe = replace(recipe, average=0.0, patience=0, keep="last")
         recipe = replace(recipe, **changes)
+        if recipe.optimiser == "auto":  # by the graph: a model from a file has no norm modules
+            recipe = replace(recipe, optimiser="adamw" if has_layer_norms(self.analysis.captured.module) else "sgd")
         peak = recipe.rate or default_rate(recipe, self.analysis.model)
         recipe = replace(recipe, rate=peak * rate)
         return Phase(self, name, min(epochs, self.left), recipe, hooks or Hooks(), trains, tally or {}, continues)
