@@ -265,6 +265,6 @@ def test_forces_in_gradients_are_left_to_sgd(name: str, phase: str) -> None:
     run = begin(name, model, flops=0.9, recipe=Recipe(precision="float32"), settings={"finetune": 0.5})
     found = first(run, phase).recipe
     assert (found.optimiser, found.rate) == ("sgd", 0.05)
-    assert first(run, "finetune").recipe.optimiser == "auto"
+    assert first(run, "finetune").recipe.optimiser == "adamw"
     with pytest.raises(UsageError, match=f"{name} adds forces to gradients, which AdamW rescales"):
         next(iter(begin(name, model, flops=0.9, recipe=Recipe(optimiser="adamw"))))
