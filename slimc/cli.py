@@ -26,6 +26,7 @@ from .options import (
     Memory,
     ModelArg,
     NoLatency,
+    NoOnnx,
     Norm,
     Normalise,
     Out,
@@ -90,6 +91,7 @@ def compress(
     arch: Arch = None,
     allow: Allow = None,
     unsafe_pickle: UnsafePickle = False,
+    no_onnx: NoOnnx = False,
     no_latency: NoLatency = False,
     seed: Seed = 0,
     threads: Threads = None,
@@ -130,7 +132,7 @@ def compress(
         if training is None or data is None:
             batches = open_data(data, example) if data else None
             slim = compiler.compress(loaded.model, example, **options, **one_cut, data=batches, name=model)
-            _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
+            _finish(console, slim, folder, overwrite, no_onnx, no_latency, threads, loaded)
             return
         from .training.command import resumable
 
@@ -138,7 +140,7 @@ def compress(
         with resumable(kept):
             trained = training.run(loaded.model, example, data=data, folder=kept, model_name=model, **options)
             if trained is not None:
-                _finish(console, trained, folder, overwrite, no_latency, threads, loaded)
+                _finish(console, trained, folder, overwrite, no_onnx, no_latency, threads, loaded)
 
 
 @app.command()
@@ -154,6 +156,7 @@ def apply(
     arch: Arch = None,
     allow: Allow = None,
     unsafe_pickle: UnsafePickle = False,
+    no_onnx: NoOnnx = False,
     no_latency: NoLatency = False,
     seed: Seed = 0,
     threads: Threads = None,
@@ -176,7 +179,7 @@ def apply(
             loaded.model, cut, example,
             recover=recover, data=batches, samples=samples, name=model, progress=console.progress,
         )  # fmt: skip
-        _finish(console, slim, folder, overwrite, no_latency, threads, loaded)
+        _finish(console, slim, folder, overwrite, no_onnx, no_latency, threads, loaded)
 
 
 @app.command()
@@ -368,10 +371,17 @@ def _threads(threads: int | None) -> None:
 
 
 def _finish(
-    console: Console, slim: Any, folder: Path, overwrite: bool, no_latency: bool, threads: int | None, loaded: Loaded
+    console: Console,
+    slim: Any,
+    folder: Path,
+    overwrite: bool,
+    no_onnx: bool,
+    no_latency: bool,
+    threads: int | None,
+    loaded: Loaded,
 ) -> None:
     slim.warn(loaded.notes)
-    slim.save(folder, overwrite=overwrite, latency=not no_latency, threads=threads)
+    slim.save(folder, overwrite=overwrite, onnx=not no_onnx, latency=not no_latency, threads=threads)
     if console.as_json:
         print(json.dumps(slim.report.to_dict(), indent=2))
     else:

@@ -16,6 +16,9 @@ Threads = Annotated[int | None, typer.Option(min=1, help="threads for computing 
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no summary; errors only")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in --out")]
+NoOnnx = Annotated[
+    bool, typer.Option("--no-onnx", help="write no ONNX file: for models that torch cannot export to it")
+]
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="do not measure latency")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder (default: MODEL-slim)")]
 Recover = Annotated[str, typer.Option(help="auto (all that the samples allow, kept where it helps), none (the plain cut), or a list; see `slimc methods`")]  # fmt: skip  # noqa: E501

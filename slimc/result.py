@@ -211,21 +211,29 @@ class Compressed:
         return results
 
     def save(
-        self, folder: str | Path, *, overwrite: bool = False, latency: bool = False, **latency_options: Any
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        onnx: bool = True,
+        latency: bool = False,
+        **latency_options: Any,
     ) -> Path:
         """Write everything to a folder, whole or not at all.
 
-        latency: also measure the ONNX file beside the original. Raises OutputError, ParityError.
+        onnx: False leaves the ONNX file out, and what is measured on it. latency: also measure that file beside the
+        original. Raises OutputError, ParityError.
         """
         target = Path(folder)
         with whole_folder(target, overwrite) as work:
             with self.stages.stage("export"):
                 program = self.program
-                self._export_onnx(program, work / "model.onnx")
+                if onnx:
+                    self._export_onnx(program, work / "model.onnx")
                 pt2.export(program, work / "model.pt2")
                 safetensors.export(self.state_dict(), work / "model.safetensors")
                 self.plan.save(work / "plan.json")
-            if latency:
+            if onnx and latency:
                 with self.stages.stage("latency"):
                     self.measure_latency(work / "model.onnx", **latency_options)
             self._write_report(work)

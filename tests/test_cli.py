@@ -403,3 +403,24 @@ def test_a_terminal_without_utf_8_gets_what_it_can_show(home: Path) -> None:
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_that_torch_cannot_export_gives_the_other_files(home: Path, tmp_path: Path) -> None:
+    (home / "pooled.py").write_text(
+        "from torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Conv3d(2, 24, 3, padding=1), nn.ReLU(), "
+        "nn.Conv3d(24, 8, 3), nn.AdaptiveAvgPool3d((1, 2, 2)), nn.Flatten(), nn.Linear(32, 3)).eval()\n"
+    )
+    command = ["compress", "pooled:make", "--input", "1x2x6x8x8", "--params", "0.6", "--recover", "none"]
+    out = tmp_path / "slim"
+    refused = run(home, *command, "--out", str(out))
+    assert refused.returncode == 2, refused.stderr
+    assert "--no-onnx" in refused.stderr
+    assert not out.exists()
+    done = run(home, *command, "--no-onnx", "--json", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["onnx"] is None
+    assert report["latency"] is None
+    assert {file.name for file in out.iterdir()} == {
+        "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html",
+    }  # fmt: skip

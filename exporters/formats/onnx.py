@@ -138,7 +138,10 @@ def _translate(program: ExportedProgram, path: Path) -> torch.onnx.ONNXProgram:
                 translated.optimize()
     except torch.onnx.OnnxExporterError as error:
         causes = [str(cause).strip().splitlines()[0] for cause in _causes(error) if str(cause).strip()]
-        raise OutputError(f"{path.name}: torch cannot express the model in ONNX: {causes[-1]}") from error
+        raise OutputError(
+            f"{path.name}: torch cannot express the model in ONNX: {causes[-1]}. --no-onnx (in Python "
+            "save(..., onnx=False)) leaves this file out."
+        ) from error
     _register_loose(translated.model.graph)
     return translated
 
