@@ -241,6 +241,8 @@ class Console:
 
     def latency(self, results: Sequence[LatencyResult]) -> None:
         """Figures of `slimc latency`."""
+        from .report.format import provider
+
         self._finish()
         table = _table("provider", "threads", "batch", "A", "B", "A / B", "95% interval", right=(1, 2, 3, 4, 5, 6))
         for result in results:
@@ -250,7 +252,7 @@ class Console:
             interval = f"{result.ci95[0]:.2f}–{result.ci95[1]:.2f}" if result.ci95 else ""
             after = f"{result.after_ms:.3g} ms" if result.after_ms is not None else ""
             table.add_row(
-                result.provider,
+                provider(result.provider),
                 str(result.threads),
                 str(result.batch),
                 f"{result.before_ms:.3g} ms",
@@ -302,7 +304,7 @@ def _cost_table(report: Report) -> Table:
         if change is None:
             continue
         target = report.targets.get(metric)
-        asked = f"≤ {100 * target.asked:.4g}%" if target else "any"
+        asked = "any" if target is None else f"≤ {100 * target.asked:.4g}%" if target.asked <= 1 else "no more"
         table.add_row(
             names[metric],
             amount(metric, change.before),
@@ -317,12 +319,14 @@ def _cost_table(report: Report) -> Table:
 
 
 def _latency_table(report: Report) -> Table:
+    from .report.format import provider
+
     table = _table(
         "latency", "threads", "batch", "before", "after", "speed-up", "95% interval", right=(1, 2, 3, 4, 5, 6)
     )
     for row in report.latency or ():
         table.add_row(
-            row.provider.removesuffix("ExecutionProvider"), str(row.threads), str(row.batch), f"{row.before_ms:.3g} ms",
+            provider(row.provider), str(row.threads), str(row.batch), f"{row.before_ms:.3g} ms",
             f"{row.after_ms:.3g} ms", f"{row.speedup:.2f}×", f"{row.ci95[0]:.2f}–{row.ci95[1]:.2f}",
         )  # fmt: skip
     return table
