@@ -101,8 +101,11 @@ class Absolute(Plain):
             added, left, right = list(call.values())[:3]
             product = _product(left, right)
             return product + added * abs(call["beta"]) if added.requires_grad else product
-        if name == "einsum" and len(live) == 1:
-            return n.target(call["equation"], [o if o.requires_grad else o.abs() for o in operands])  # type: ignore[operator]
+        if name == "einsum":
+            parts = [self.env[source] for source in call["tensors"]]
+            if sum(part.requires_grad for part in parts) == 1:
+                parts = [part if part.requires_grad else part.abs() for part in parts]
+                return n.target(call["equation"], parts)  # type: ignore[operator]
         if name.startswith("max_pool") or name.startswith("adaptive_max_pool"):
             return _average(name, n, call)
         if name in ("softmax", "_softmax", "log_softmax"):
