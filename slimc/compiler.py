@@ -230,8 +230,12 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
             f"Load the network with torch.export.load({str(folder / 'model.pt2')!r}) instead."
         )
     weights = safetensors.load(folder / "model.safetensors")
-    sliced = plan.apply(model.state_dict())
-    for tensor_name, tensor in sliced.items():
+    state = model.state_dict()
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    # Buffers that are saved nowhere are made by the class, and cut here.
+    sliced = plan.apply({**buffers, **state})
+    for tensor_name in state:
+        tensor = sliced[tensor_name]
         found = weights.get(tensor_name)
         if found is None or found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
             kind = "numbers" if tensor.is_floating_point() else "whole numbers"
@@ -240,13 +244,13 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
             )
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
+        **buffers,
     }
     tensors = {
         n: nn.Parameter(weights[n], requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else weights[n]
         for n, t in named.items()
         if n in weights
-    }
+    } | {n: sliced[n] for n in buffers if n not in weights and n not in state}
     small = eager.with_tensors(model, tensors)
     eager.set_attributes(small, plan.attributes)
     return small

@@ -62,7 +62,7 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def set_attributes(module: nn.Module, attributes: Attributes) -> None:
     """Write changed sizes into a module; PlanError where one is no size, or takes the place of none."""
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))  # a layer may have two names
     for path, values in attributes.items():
         own = vars(modules[path]) if path in modules else {}
         for name, value in values.items():
@@ -114,7 +114,7 @@ def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    if not b.numel() or not b.is_floating_point():
+    if not b.numel() or not (b.is_floating_point() or b.is_complex()):
         return float((a != b).any()) if b.numel() else 0.0
     scale = float(b.abs().max())
     return float((a - b).abs().max()) / (scale or 1.0)

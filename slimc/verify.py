@@ -67,23 +67,19 @@ def verify(types: Types, cut: Cut, rewritten: Rewritten, inputs: Sequence[Exampl
     """
     dtype = torch.float64
     check = _Check(types, cut, rewritten, dtype)
-    errors = [check.error(example, check.trained) for example in inputs[1:]]
+    errors = [error for example in inputs[1:] if (error := check.error_if_fair(example)) is not None]
     last, moved = check.error_and_move(inputs[0], check.trained)
     error, redrawn = max([last, *errors]), False
     if moved is not None and moved < max(_TELLING * error, _SMALLEST_MOVE):
         last, moved = check.error_and_move(inputs[0], _redrawn(types.captured.module, seed))
         error, redrawn = max(error, last), True
-    return Proof(error, moved, str(dtype).removeprefix("torch."), len(inputs), redrawn)
+    return Proof(error, moved, str(dtype).removeprefix("torch."), 1 + len(errors), redrawn)
 
 
 def random_inputs(example: Example, count: int, seed: int) -> list[Example]:
-    """The example and others of its shape: floats redrawn with its spread, integers shuffled within their range."""
+    """The example and others of its shape: floats drawn from its own values, integers shuffled."""
     generator = torch.Generator().manual_seed(seed)
-    made = [example]
-    for number in range(1, count):
-        scale = 1.0 if number % 2 else 3.0
-        made.append(example.map(lambda t, s=scale: _like(t, s, generator)))
-    return made
+    return [example, *(example.map(lambda t: _like(t, generator)) for _ in range(1, count))]
 
 
 def mixed_input(example: Example, batch: int, seed: int) -> Example:
@@ -98,11 +94,16 @@ def mixed_input(example: Example, batch: int, seed: int) -> Example:
     return example.map(mix)
 
 
-def _like(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if tensor.is_floating_point():
-        spread = float(tensor.std()) if tensor.numel() > 1 else 1.0
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-        return (noise * scale * (spread or 1.0) + float(tensor.mean())).to(tensor)
+        values = tensor.detach().flatten()
+        if not bool(values.isfinite().all()):  # a mask
+            return tensor
+        if values.numel() < 2 or bool((values == values[0]).all()):
+            return (torch.randn(tensor.shape, generator=generator) + values.float().mean().cpu()).to(tensor)
+        # Its own, so that they are in the model's domain: logarithms, say, take positive numbers.
+        places = torch.randint(0, values.numel(), tensor.shape, generator=generator)
+        return values[places.to(values.device)]
     order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
     return tensor.reshape(-1)[order].reshape(tensor.shape)
 
@@ -118,6 +119,21 @@ class _Check:
     def error(self, example: Example, read: Read) -> float:
         """How far the rewritten graph is from the masked original on one input; raises where that is too far."""
         return self._compared(example, read)[0]
+
+    def error_if_fair(self, example: Example) -> float | None:
+        """As `error`; None for drawn inputs on which the original itself fails, or gives no finite numbers."""
+        try:
+            return self.error(example, self.trained)
+        except VerificationError:
+            leaves = pytree.tree_leaves((example.args, example.kwargs))
+            try:
+                with torch.no_grad():
+                    found = Plain(self.types.captured.module, self.trained, self.dtype).results(leaves)
+            except (RuntimeError, IndexError):
+                return None
+            if all(bool(value.isfinite().all()) for value in found):
+                raise
+            return None
 
     def error_and_move(self, example: Example, read: Read) -> tuple[float, float | None]:
         """The error, and how far the cut moves the outputs on this input; None where nothing was cut."""
@@ -327,7 +343,7 @@ def _distance(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
             return float("inf")
         if not reference.numel():
             continue
-        if not reference.is_floating_point():
+        if not (reference.is_floating_point() or reference.is_complex()):
             worst = max(worst, float((value != reference).double().mean()))
             continue
         scale = float(reference.abs().max())

@@ -257,3 +257,9 @@ def test_a_model_that_is_not_initialised_yet_is_left_for_later(tmp_path: Path, m
     (tmp_path / "lazy_net.py").write_text("from torch import nn\ndef build():\n    return nn.LazyLinear(3)\n")
     monkeypatch.chdir(tmp_path)
     assert isinstance(load("lazy_net:build").model, nn.LazyLinear)
+
+
+def test_masks_of_minus_infinity_are_no_damage(tmp_path: Path) -> None:
+    model = plain_network()
+    model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    load(saved(model, tmp_path))

@@ -44,7 +44,7 @@ def linear_macs(walk: Inference, node: Node) -> Products:
 # -- matrix products ----------------------------------------------------------------------------------
 
 
-@infers("matmul", "mm", "bmm", "mv", "dot")
+@infers("matmul", "mm", "bmm", "mv", "dot", "vdot")
 def matmul(walk: Inference, node: Node) -> Axes:
     """[..., m, k] times [..., k, n] -> [..., m, n]; vectors as numpy has them."""
     left, right = walk.axes(node.args[0]), walk.axes(node.args[1])
@@ -55,7 +55,7 @@ def matmul(walk: Inference, node: Node) -> Axes:
     return (*batch, *rows, *columns)
 
 
-@counts("matmul", "mm", "bmm", "mv", "dot")
+@counts("matmul", "mm", "bmm", "mv", "dot", "vdot")
 def matmul_macs(walk: Inference, node: Node) -> Products:
     """m times k times n for each matrix."""
     left, right = walk.axes(node.args[0]), walk.axes(node.args[1])
@@ -144,8 +144,9 @@ def _equation(walk: Inference, node: Node) -> tuple[list[list[str]], list[str]]:
     if arrow:
         widest = max((n for names in inputs for n in names if n.startswith(".")), default="", key=_dots)
         return inputs, _spell(right, _dots(widest) if widest else 0)
-    once = sorted(n for n in {n for names in inputs for n in names} if sum(names.count(n) for names in inputs) == 1)
-    return inputs, once
+    dots = max(([n for n in names if n.startswith(".")] for names in inputs), key=len)
+    own = [n for names in inputs for n in names if not n.startswith(".")]
+    return inputs, [*dots, *sorted(n for n in set(own) if own.count(n) == 1)]
 
 
 def _dots(name: str) -> int:

@@ -56,7 +56,7 @@ def index_select(walk: Inference, node: Node) -> Axes:
     return tuple(axes)
 
 
-@infers("gather", "take_along_dim")
+@infers("gather")
 def gather(walk: Inference, node: Node) -> Axes:
     """One axis is looked up in; along the others index and value go together."""
     call = arguments(node)

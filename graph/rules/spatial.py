@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slimc.graph.infer import Inference, hint
-from slimc.graph.rule import Value, infers
+from slimc.graph.rule import Value, infers, operator_name
 
 
 @infers("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
@@ -23,6 +23,9 @@ def window(walk: Inference, node: Node) -> Value:
     lead = rank - _space(node, rank)
     for axis in axes[lead:]:
         walk.freeze(node, axis, "space and time axes are resampled whole", "structure")
+    if operator_name(node) == "grid_sampler":
+        for axis in walk.axes(node.args[1]):
+            walk.freeze(node, axis, "a grid of places is read whole", "structure")
     value = node.meta["val"]
     results = [value] if isinstance(value, Tensor) else list(value)
     shaped = tuple((*axes[:lead], *walk.frozen([hint(size) for size in item.shape[lead:]])) for item in results)

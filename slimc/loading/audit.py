@@ -138,7 +138,8 @@ def check_values(model: nn.Module, label: str) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_lazy(tensor):
             check_kind(name, tensor, label)
-            _check_finite(name, tensor, label)
+            # Masks hold minus infinity.
+            _check_finite(name, tensor, label, is_mask=not isinstance(tensor, nn.Parameter))
 
 
 def check_kind(name: str, tensor: torch.Tensor, label: str) -> None:
@@ -166,10 +167,12 @@ def _is_broadcast(tensor: torch.Tensor) -> bool:
     return 0 in tensor.stride() and tensor.numel() <= 1 << 20
 
 
-def _check_finite(name: str, tensor: torch.Tensor, label: str) -> None:
+def _check_finite(name: str, tensor: torch.Tensor, label: str, is_mask: bool) -> None:
+    """is_mask: minus infinity is a number."""
     if not tensor.is_floating_point():
         return
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    wrong = ~torch.isfinite(tensor)
+    bad = int((wrong & (tensor != -torch.inf) if is_mask else wrong).sum())
     if bad:
         nan = int(torch.isnan(tensor).sum())
         raise LoadError(

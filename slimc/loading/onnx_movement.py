@@ -316,7 +316,9 @@ def scatter_elements(call: Call, x: Tensor, indices: Value, updates: Tensor) -> 
     """Write one element for each index, along an axis."""
     if call.get("reduction", "none") != "none":
         raise call.refuse(f"the reduction {call.get('reduction')} cannot be expressed")
-    return x.scatter(call.get("axis", 0), tensor(indices).to(torch.int64), updates)
+    axis = call.get("axis", 0)
+    places = tensor(indices).to(torch.int64)
+    return x.scatter(axis, torch.where(places < 0, places + x.shape[axis], places), updates)
 
 
 @operator("Where")

@@ -139,8 +139,9 @@ def _mixings(network: Network, labels: npt.NDArray[np.int64]) -> dict[tuple[str,
     """[rows, rows] the matrices that average over clusters, for each axis where a parameter writes channels."""
     types, found = network.analysis.types, {}
     read, known = _read(types), dict[tuple[bytes, torch.dtype], Tensor]()
+    tensors = network.tensors()
     for name, axes in types.tensors.items():
-        parameter = attribute(network.module, name)
+        parameter = tensors[name]
         for position, axis in enumerate(axes if isinstance(parameter, nn.Parameter) else ()):
             if (name, position) in read:
                 continue
@@ -161,6 +162,7 @@ def _read(types: Types) -> set[tuple[str, int]]:
     Along all other axes channels are written: rows of layers, norms, biases, scales, tables, positions.
     """
     found = set()
+    first = {alias: name for name, names in types.aliases.items() for alias in names}
     for node in types.captured.module.graph.nodes:
         name = operator_name(node) if node.op == "call_function" else ""
         places: list[tuple[object, int]] = []
@@ -171,8 +173,9 @@ def _read(types: Types) -> set[tuple[str, int]]:
             places = [(left, -1), (right, -2)]
         for source, axis in places:
             if isinstance(source, Node) and source.op == "get_attr":
-                rank = len(types.tensors[str(source.target)])
-                found.add((str(source.target), axis if axis >= 0 else max(0, rank + axis)))
+                tensor = first.get(str(source.target), str(source.target))
+                rank = len(types.tensors[tensor])
+                found.add((tensor, axis if axis >= 0 else max(0, rank + axis)))
     return found
 
 
@@ -180,9 +183,9 @@ def _read(types: Types) -> set[tuple[str, int]]:
 def merge(network: Network, labels: npt.NDArray[np.int64]) -> None:
     """Give the one that stays the mean of its cluster wherever it is written, and the sum wherever it is read."""
     types = network.analysis.types
-    read = _read(types)
+    read, tensors = _read(types), network.tensors()
     for name, axes in types.tensors.items():
-        tensor = attribute(network.module, name)
+        tensor = tensors[name]
         for position, axis in enumerate(axes):
             factors = types.solution.factors(axis)
             if not (factors >= 0).any() or not tensor.is_floating_point():

@@ -77,8 +77,9 @@ def _factors(run: Run, weights: Scores) -> dict[str, Tensor]:
     network = run.network
     types, cut = network.analysis.types, network.cut_so_far
     found: dict[str, Tensor] = {}
+    tensors = network.tensors()
     for name, axes in types.tensors.items():
-        tensor = attribute(network.module, name)
+        tensor = tensors[name]
         if not isinstance(tensor, torch.nn.Parameter):
             continue
         for position, axis in enumerate(axes):

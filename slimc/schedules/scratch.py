@@ -36,7 +36,7 @@ def scratch(run: Run, *, same: str = "epochs") -> Iterator[Phase]:
     run.cut(run.chosen)
     run.event("draw", lambda: draw(run.network.module))
     if same == "arithmetic":
-        run.extend(int(run.options.epochs / run.share))
+        run.extend(run.options.epochs / run.share)
     yield run.phase("finetune", run.left)
 
 

@@ -86,6 +86,8 @@ def schedule(
         RunFolder.check_resumable(Path(folder))
     if not epochs > 0:
         raise UsageError(f"epochs is {epochs}; it must be above 0")
+    if recipe is not None and val is None and (recipe.keep == "best" or recipe.patience):
+        raise UsageError("keep='best' and patience need validation data (val=)")
     notes = []
     if scorer != "auto" and not method.ranks:
         notes.append(f"--scorer {scorer} was not used: the schedule {name} chooses channels by numbers of its own")
@@ -131,6 +133,8 @@ def _check_data(
 ) -> None:
     """UsageError before anything is trained, where a first batch does not fit the model."""
     parts = (("the training data", data, loss), ("the validation data", val, metric), ("the test data", test, metric))
+    if isinstance(test, Iterator):
+        raise UsageError("the test data can be read only once; give a DataLoader or a list of batches")
     for source, batches, own in parts:
         if batches is not None and not isinstance(batches, Iterator):
             check_first(batches, analysis.captured.example, None if own else output_shape(analysis.types), source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,4 +73,6 @@ def resumable(folder: Path) -> Iterator[None]:
             f"interrupted; the run is kept in {folder} up to its last checkpoint. To go on: the same command with "
             "--resume"
         ) from None
-    RunFolder.clear(folder)
+    # Of several processes the first one writes the result; the others end before it is safe.
+    if os.environ.get("RANK", "0") == "0":
+        RunFolder.clear(folder)

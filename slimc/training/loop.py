@@ -87,8 +87,7 @@ class Loop:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor(recipe, max(1, steps)))
         self.average: AveragedModel | None = None
         if recipe.average:
-            average = get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(module, multi_avg_fn=average, use_buffers=True)
+            self.average = AveragedModel(module, multi_avg_fn=_averaging(recipe.average), use_buffers=True)
         self.done = 0
         self.total, self.seen = 0.0, 0.0
         self._worker = _distributed(module)
@@ -139,7 +138,7 @@ class Loop:
 
     def _value(self, batch: Batch) -> Tensor:
         example = layout(batch, self.module)
-        with autocast(self.recipe, example.example.tensors()[0].device):
+        with autocast(self.recipe, self.module):
             with Guard():
                 outputs = example.example.run(self._worker)
             wanted = None
@@ -153,10 +152,14 @@ class Loop:
         if self._teacher is None:
             return self._of_labels(outputs, batch)
         share = self.recipe.distil
-        value = share * self._drawn(first_output(outputs), first_output(widened(wanted)))
+        parts = []
+        if share:
+            parts.append(share * self._drawn(first_output(outputs), first_output(widened(wanted))))
         if share < 1:
-            value = value + (1 - share) * self._of_labels(outputs, batch)
-        return value if self._features is None else value + self.recipe.features * self._features.loss()
+            parts.append((1 - share) * self._of_labels(outputs, batch))
+        if self._features is not None:
+            parts.append(self.recipe.features * self._features.loss())
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
     def _of_labels(self, outputs: Any, batch: Batch) -> Tensor:
         if self._loss is not None:
@@ -168,7 +171,7 @@ class Loop:
 
     def _drawn(self, own: Tensor, wanted: Tensor) -> Tensor:
         """How far class scores are from the original's, per sample and place, both softened."""
-        if own.dim() < 2 or (own.dim() == 3 and self._loss is not None):
+        if own.dim() < 2 or own.shape[1] < 2 or (own.dim() == 3 and self._loss is not None):
             raise UsageError(
                 f"the model's first output has shape {list(own.shape)}: which of its axes holds the classes is not "
                 "known, so it cannot be distilled this way. Leave --distil out, or distil in your loss="
@@ -226,6 +229,21 @@ class Loop:
             self.average.load_state_dict(state["average"])
 
 
+def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+    """The exponential average of real numbers; indices and counters are those of the last step."""
+    of_floats = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def update(averages: Any, current: Any, seen: Any) -> None:
+        if averages[0].is_floating_point():
+            of_floats(averages, current, seen)
+        else:
+            for own, new in zip(averages, current, strict=True):
+                own.copy_(new)
+
+    return update
+
+
 def _distributed(module: nn.Module) -> nn.Module:
     if workers.count() == 1:
         return module
@@ -245,13 +263,15 @@ def computes_in_bfloat16(kind: str) -> bool:
 
 
 @contextlib.contextmanager
-def autocast(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """bfloat16 where the recipe and the device have it."""
-    wanted = recipe.precision == "bfloat16" or (recipe.precision == "auto" and computes_in_bfloat16(device.type))
-    if not wanted:
+def autocast(recipe: Recipe, module: nn.Module) -> Iterator[None]:
+    """bfloat16 where the recipe and the device have it, and the model is in float32."""
+    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    kind = "cpu" if first is None else first.device.type
+    wanted = recipe.precision == "bfloat16" or (recipe.precision == "auto" and computes_in_bfloat16(kind))
+    if not wanted or (first is not None and first.dtype != torch.float32):
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(kind, torch.bfloat16):
         yield
 
 
@@ -284,13 +304,20 @@ def evaluate(
         module.eval()
         for batch in batches:
             own = layout(batch, module)
-            with autocast(recipe or Recipe(precision="float32"), own.example.tensors()[0].device):
+            with autocast(recipe or Recipe(precision="float32"), module):
                 outputs = own.example.run(module)
-            total, count = total + ask(widened(outputs), batch.targets) * batch.count, count + batch.count
+            total, count = total + _number(ask(widened(outputs), batch.targets)) * batch.count, count + batch.count
     total, count = workers.total([total, count])
     if not count:
         raise UsageError("the validation data is empty; give at least one batch of (inputs, targets)")
     return total / count
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"metric= returned a {type(value).__name__}; wanted a number") from None
 
 
 def top1(outputs: Any, targets: Any) -> float:

@@ -19,6 +19,9 @@ from slimc.errors import UsageError
 
 Shape = Literal["cosine", "step", "triangle", "constant"]
 SHAPES: tuple[Shape, ...] = ("cosine", "step", "triangle", "constant")
+_KNOWN = {
+    "optimiser": ("auto", "sgd", "adamw"), "keep": ("last", "best"), "precision": ("auto", "float32", "bfloat16"),
+}  # fmt: skip
 _MILESTONES = (0.5, 0.75)
 _FACTOR = 0.1
 _LOWEST = 0.1
@@ -72,6 +75,11 @@ class Recipe:
             )
         if self.shape not in SHAPES:
             raise UsageError(f"the shape of the learning rate is {self.shape!r}; known are {', '.join(SHAPES)}")
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
+        if self.average == 1:
+            raise UsageError("average is 1, which keeps the first weights for good; 0.999 is usual")
 
 
 def build(recipe: Recipe, module: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -108,7 +116,9 @@ def has_layer_norms(module: nn.Module) -> bool:
     for part in module.modules():
         if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
             return True
-        if isinstance(part, GraphModule) and any("layer_norm" in str(node.target) for node in part.graph.nodes):
+        if isinstance(part, GraphModule) and any(
+            name in str(node.target) for node in part.graph.nodes for name in ("layer_norm", "rms_norm")
+        ):
             return True
     return False
 

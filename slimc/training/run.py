@@ -35,6 +35,7 @@ from .selection import Selection
 from .stream import Stream, kept_random_state, random_state, seed_all, set_random_state
 
 _SAVED_EVERY = 60.0
+_ROUNDING = 1e-9
 _MEASURED_EVERY = 0.5
 _SAMPLES_SEED = 1_000_003
 _SETTLED = 100
@@ -146,6 +147,8 @@ class Run:
         """The compressed model; runs every phase that is left."""
         for _ in self:
             pass
+        if self._result is None:
+            raise UsageError("this run ended in an error; begin it again, or go on from its folder with resume=True")
         return self._result
 
     # -- for schedules --------------------------------------------------------------------------------
@@ -164,7 +167,8 @@ class Run:
     @property
     def left(self) -> float:
         """Epochs of the budget that are not spent."""
-        return max(0.0, self.options.epochs - self.spent)
+        left = self.options.epochs - self.spent
+        return left if left > _ROUNDING else 0.0
 
     def extend(self, epochs: float) -> None:
         """Train longer than was asked."""
@@ -320,7 +324,9 @@ class Run:
 
     def is_due(self) -> bool:
         """Whether it is time for a checkpoint."""
-        return self.folder is not None and time.monotonic() - self._saved_at > _SAVED_EVERY
+        # A run that goes on is not as far as its journal says until the journal is told to its end.
+        waited = time.monotonic() - self._saved_at
+        return self.folder is not None and not self._journal.is_telling and waited > _SAVED_EVERY
 
     def save(self, middle: Mapping[str, Any] | None) -> None:
         """Write a checkpoint; middle: where a phase is, None between phases."""

@@ -59,6 +59,8 @@ class Stream:
             return self.next()
         self.index += 1
         whole = batch_of(item, self._like)
+        if not whole.count:  # what a loader that filters gives when nothing is left
+            return self.next()
         check_alike(whole.example.tensors(), self._like.tensors())
         return workers.share(whole).to(self._device)
 
