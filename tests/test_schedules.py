@@ -236,7 +236,7 @@ def test_scratch_has_the_widths_of_the_plain_cut_and_weights_of_its_own() -> Non
 def test_scratch_of_the_same_arithmetic_trains_longer_by_what_was_cut() -> None:
     run = begin("scratch", seeded(Wide), flops=0.3, settings={"same": "arithmetic"})
     phase = first(run, "finetune")
-    assert phase.epochs == run.options.epochs == int(2 / run.share) >= 6
+    assert phase.epochs == run.options.epochs == 2 / run.share >= 6
 
 
 def test_scratch_names_what_it_cannot_draw() -> None:
