@@ -32,7 +32,7 @@ STAGES = {
     "synthesise": "making up samples to calibrate on",
     "recover": "fitting the kept weights again",
     "finetune": "fine-tuning",
-    "export": "writing and checking ONNX, pt2, safetensors",
+    "export": "writing and checking the files",
     "latency": "measuring latency in ONNX Runtime",
 }
 
