@@ -80,7 +80,7 @@ class Model:
         if times is not None:
             whole = np.array([product.macs for product in types.macs])
             self._per_mac = np.divide(times.products, whole, out=np.zeros(len(whole)), where=whole > 0)
-            written = self._values(self.sizes(np.array([group.width for group in grouping.groups], np.int64))).sum()
+            written = self._values(self.sizes(grouping.widths)).sum()
             self._per_byte, self._fixed = times.rest / written if written else 0.0, times.fixed
 
     def __call__(self, widths: Widths | npt.NDArray[np.float64]) -> Costs:

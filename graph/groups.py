@@ -76,6 +76,11 @@ class Grouping:
     axes: tuple[Axis, ...]
     axis_number: dict[int, int]
 
+    @property
+    def widths(self) -> npt.NDArray[np.int64]:
+        """[groups] how many channels each group has."""
+        return np.array([group.width for group in self.groups], np.int64)
+
     def size(self, axis: Terms) -> Axis:
         """The size polynomial of an axis."""
         return self.axes[self.axis_number[id(axis)]]

@@ -17,6 +17,7 @@ from . import rule
 from .capture import Captured
 from .rule import Axes, Value, arguments, operator_name
 from .terms import FROZEN, Cause, Solution, Store, Terms
+from .unread import keep_unread
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def infer(captured: Captured) -> Types:
     nodes = captured.module.graph.nodes
     for node in nodes:
         walk.visit(node)
+    keep_unread(walk)
     return Types(
         captured,
         {node: walk.value(node) for node in nodes},
@@ -111,6 +113,10 @@ class Inference:
         """What a node gives: axes, a tuple of axes for several results, None for what is no tensor."""
         name = self._first.get(node)
         return self._values[node] if name is None else self.made(name)
+
+    def tensor_name(self, node: Node) -> str | None:
+        """The parameter or buffer that a node reads, by the name that comes first in the model."""
+        return self._first.get(node)
 
     def axes(self, node: Any) -> Axes:
         """The axes of a tensor argument."""

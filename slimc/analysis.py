@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,7 +108,7 @@ class Analysis:
     @property
     def full(self) -> Costs:
         """What the whole model costs, per sample."""
-        return self.cost(np.array([g.width for g in self.groups], np.int64))
+        return self.cost(self.grouping.widths)
 
     @property
     def macs(self) -> int:

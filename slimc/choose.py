@@ -168,8 +168,7 @@ def _rank(
     footing = method.normalisation if how.normalise == "auto" else how.normalise
     ranked = valued = scores.normalise(found, footing)
     if footing == "cost":
-        widths = np.array([group.width for group in subject.grouping.groups], np.int64)
-        ranked = planner.per_cost(ranked, analysis, limits, widths)
+        ranked = planner.per_cost(ranked, analysis, limits, subject.grouping.widths)
     elif footing == "isomorphic":
         ranked = valued = planner.isomorphic(ranked, analysis, how.ignored)  # values of two classes say nothing
     unscored = tuple(scores.unscored(found))
@@ -179,7 +178,7 @@ def _rank(
 def _planned(analysis: Analysis, ranking: _Ranking, limits: Mapping[str, float], how: How) -> planner.Choice:
     return planner.plan(
         ranking.grouping, analysis.cost, ranking.ranked, limits, round_to=how.alignment, may_relax=how.may_relax,
-        ignored=ranking.kept_whole, protected=planner.last_to_go(analysis.grouping),
+        ignored=ranking.kept_whole, whole=analysis.grouping.widths,
     )  # fmt: skip
 
 
@@ -206,7 +205,7 @@ def _exactly(
     ignored = frozenset(ranking.kept_whole)
     search = planner.Search(ranking.grouping, analysis.cost, ranking.valued, limits, greedy.round_to, ignored, None)
     # What goes last in the ranking goes only where the ranking had to take it.
-    least = np.minimum(planner.last_to_go(analysis.grouping), greedy.widths)
+    least = np.minimum(planner.last_to_go(analysis.grouping.widths), greedy.widths)
     search.smallest = np.maximum(search.smallest, least)
     found = exact.improve(search, analysis.cost, greedy.widths)
     selection = Selection("exact", found.started, found.kept, found.bound)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch.nn import Parameter
 
 from . import recover, scores
@@ -19,7 +18,7 @@ def summary(analysis: Analysis, name: str) -> dict[str, Any]:
     A group governs what would be saved if one of its channels stayed alone and all other groups stayed whole.
     """
     full = analysis.full
-    widths = np.array([group.width for group in analysis.groups], np.int64)
+    widths = analysis.grouping.widths
     groups = []
     for group in analysis.groups:
         alone = widths.copy()

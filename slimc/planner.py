@@ -58,18 +58,17 @@ def plan(
     round_to: int,
     may_relax: bool,
     ignored: Sequence[int] = (),
-    protected: Sequence[int] | None = None,
+    whole: Widths | None = None,
 ) -> Choice:
     """Choose channels so that every limit holds.
 
     limits: metric to the largest value allowed, per sample.
     round_to: axes are cut to multiples of this; with `may_relax` a smaller power of two is taken where the
         limits cannot be met otherwise.
-    ignored: numbers of groups that stay whole. protected: how many channels of each group go last (`last_to_go`, if
-        not given).
+    ignored: numbers of groups that stay whole. whole: widths of the groups before the first cut, if this is not it.
     Raises UnreachableTarget with the smallest reachable value.
     """
-    return _search(grouping, cost, scores, limits, round_to, may_relax, frozenset(ignored), protected).choose()
+    return _search(grouping, cost, scores, limits, round_to, may_relax, frozenset(ignored), whole).choose()
 
 
 def check_reachable(
@@ -101,12 +100,12 @@ def _search(
     round_to: int,
     may_relax: bool,
     ignored: frozenset[int],
-    protected: Sequence[int] | None,
+    whole: Widths | None,
 ) -> Search:
     """The search with the largest alignment for which the limits can be met."""
     attempt = round_to
     while True:
-        search = Search(grouping, cost, scores, limits, attempt, ignored, protected)
+        search = Search(grouping, cost, scores, limits, attempt, ignored, whole)
         smallest = cost(search.smallest)
         if search.fits(smallest):
             return search
@@ -146,9 +145,13 @@ def _up(share: float) -> str:
     return f"{math.ceil(share * scale) / scale:.12g}"
 
 
-def last_to_go(grouping: Grouping) -> list[int]:
-    """How many channels of each group go last: a tenth, so that no layer collapses while others can still give."""
-    return [math.ceil(_PROTECTED * group.width) for group in grouping.groups]
+def last_to_go(whole: Widths) -> Widths:
+    """How many channels of each group go last: a tenth, so that no layer collapses while others can still give.
+
+    whole: widths of the groups before the first cut.
+    """
+    last: Widths = np.ceil(_PROTECTED * whole).astype(np.int64)
+    return last
 
 
 def on_the_way(full: Costs, limits: Mapping[str, float], progress: float) -> dict[str, float]:
@@ -166,7 +169,7 @@ def per_cost(
     widths: of the network as it is; whole if not given.
     """
     grouping, cost = analysis.grouping, analysis.cost
-    full = np.array([group.width for group in grouping.groups], np.int64) if widths is None else widths
+    full = grouping.widths if widths is None else widths
     whole = cost(full)
     before = {metric: float(getattr(whole, METRIC[metric])) for metric in limits}
     left = {metric: 1 - limit / before[metric] for metric, limit in limits.items() if before[metric] > limit}
@@ -229,16 +232,20 @@ class Search:
         limits: Mapping[str, float],
         round_to: int,
         ignored: frozenset[int],
-        protected: Sequence[int] | None,
+        whole: Widths | None,
     ) -> None:
         self.cost, self.limits, self.round_to = cost, limits, round_to
-        self.full = np.array([group.width for group in grouping.groups], np.int64)
+        self.full = grouping.widths
         self.step = steps(grouping, round_to)
-        self.protected = np.array(last_to_go(grouping) if protected is None else protected)
+        whole = self.full if whole is None else whole
+        self.protected = last_to_go(whole)
         floor = np.array([group.floor for group in grouping.groups], np.int64)
         self.smallest = np.minimum(self.full, np.maximum(floor, np.where(floor > 0, self.step, 0)))
         for number in ignored:
             self.smallest[number] = self.full[number]
+        # Earlier cuts may have left a width that is no multiple; only the model's own one may be that.
+        aligned = np.maximum(self.smallest, self.full // self.step * self.step)
+        self.full = np.where(self.full < whole, aligned, self.full)
         # Best first within each group, so that a width says which channels stay.
         self.order = [np.argsort(-own, kind="stable") for own in scores]
         self.scores = [own[order] for own, order in zip(scores, self.order, strict=True)]

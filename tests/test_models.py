@@ -197,6 +197,50 @@ def test_inputs_and_structures_that_were_once_taken_for_faults(name: str) -> Non
     assert slim.report.params.share <= 0.7
 
 
+class Positions(nn.Module):
+    """Reads as many rows of its tables as the input is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.h = nn.Linear(8, 24), nn.Linear(24, 24), nn.Linear(24, 4)
+        self.places = nn.Parameter(torch.randn(1, 40, 24))
+        self.register_buffer("mask", torch.ones(40, 40).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        y = self.a(x) + self.places[:, :n]
+        weights = (y @ y.mT).masked_fill(self.mask[:n][:, :n] == 0, -torch.inf).softmax(-1)
+        return self.h(torch.relu(self.b(weights @ y)))  # type: ignore[no-any-return]
+
+
+def test_rows_of_a_table_beyond_the_example_stay() -> None:
+    torch.manual_seed(0)
+    slim = slimc.compress(Positions().eval(), torch.randn(2, 10, 8), params=0.4, round_to=1, recover="none")
+    assert isinstance(slim.module, Positions)
+    assert slim.module.places.shape[1] == 40
+    assert slim.module.mask.shape == (40, 40)
+    assert slim.module(torch.randn(2, 40, 8)).shape == (2, 40, 4)
+    reasons = {cause.reason for cause in slim.analysis.types.store.causes}
+    assert "not read with an input of the example's size; a larger one may read it" in reasons
+
+
+class Joined(nn.Module):
+    """Two layers in one parameter, of which slices read everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.h = nn.Parameter(torch.randn(48, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(torch.relu(x @ self.both[:24].mT) @ self.both[24:])  # type: ignore[no-any-return]
+
+
+def test_slices_that_read_all_of_a_parameter_let_it_shrink() -> None:
+    torch.manual_seed(0)
+    slim = slimc.compress(Joined().eval(), torch.randn(2, 10, 8), params=0.5, round_to=1, recover="none")
+    assert slim.report.params.share <= 0.5
+
+
 def test_a_buffer_that_is_not_saved_is_cut_in_a_fresh_class(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         scale: Tensor

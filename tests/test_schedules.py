@@ -182,6 +182,17 @@ def test_rounds_of_the_lottery_leave_080_064_0512_and_rewind_bit_for_bit() -> No
     assert trained > 1e-3
 
 
+@pytest.mark.parametrize(("name", "settings"), [("lottery", {"fraction": 0.3}), ("tick-tock", {"fraction": 0.1})])
+def test_cuts_of_a_share_of_all_channels_end_with_multiples(name: str, settings: dict[str, float]) -> None:
+    run = begin(name, seeded(Plain), flops=0.2, settings=settings, round_to=8)
+    between = {width % 8 for phase in run if phase.name != "finetune" for width in run.network.widths.tolist()}
+    assert len(between) > 1  # or nothing would be shown
+    assert run.share <= 0.2
+    kept = dict(zip([group.width for group in run.analysis.groups], run.network.widths.tolist(), strict=True))
+    assert kept[40] % 8 == 0
+    assert kept[60] % 8 == 0
+
+
 # -- soft ---------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def fisher_memory(subject: Subject) -> list[Scores]:
 def fisher_flops(subject: Subject) -> list[Scores]:
     """fisher divided by the MACs that removing one channel of the group saves, at full widths."""
     cost = Model(subject.types, subject.grouping)
-    full = np.array([group.width for group in subject.grouping.groups], np.int64)
+    full = subject.grouping.widths
     whole, scores = cost(full).macs, []
     for group, own in zip(subject.grouping.groups, fisher(subject), strict=True):
         fewer = full.copy()

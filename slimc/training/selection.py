@@ -22,8 +22,6 @@ class Selection:
     ) -> None:
         self.network, self.limits = network, limits
         self._round_to, self._may_relax, self._ignored = round_to, may_relax, tuple(ignored)
-        # Of each group as it was at first: no layer collapses, however many cuts there are.
-        self._protected = planner.last_to_go(network.analysis.grouping)
 
     def meets(self, alive: Alive) -> bool:
         """Whether every budget holds with these channels."""
@@ -47,7 +45,7 @@ class Selection:
         choice = planner.plan(
             grouping, self.network.analysis.cost, scores.normalise(own, "none"), limits,
             round_to=self._round_to, may_relax=self._may_relax,
-            ignored=[*scores.unscored(own), *self._ignored], protected=self._protected,
+            ignored=[*scores.unscored(own), *self._ignored], whole=self.network.analysis.grouping.widths,
         )  # fmt: skip
         alive = self.network.alive.copy()
         for group, kept in zip(grouping.groups, choice.kept, strict=True):
@@ -59,11 +57,13 @@ class Selection:
         """The channels that stay when those of lowest score go until `count` members are gone, or the budget is met.
 
         members: how many members a channel of each group counts for; 0 for groups that stay whole. A tenth of each
-        group stays.
+        group stays, and what the last step needs for a multiple; widths on the way there are not multiples.
         """
         alive = self.network.alive.copy()
         candidates: list[tuple[float, int, int]] = []
-        for group, each, floor in zip(self.grouping().groups, members, self._protected, strict=True):
+        whole = self.network.analysis.grouping
+        stays = np.maximum(planner.last_to_go(whole.widths), planner.steps(whole, self._round_to)).tolist()
+        for group, each, floor in zip(self.grouping().groups, members, stays, strict=True):
             own = total[group.variables]
             if group.number in self._ignored or np.isnan(own).any() or not each:
                 continue
