@@ -44,6 +44,19 @@ def written(module: GraphModule) -> frozenset[str]:
 
 
 @contextmanager
+def modes_kept(module: nn.Module, training: bool | None = None) -> Iterator[None]:
+    """Every part of a module gets its own mode back; training: the mode of all parts in the block."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        if training is not None:
+            module.train(training)
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
 def buffers_kept(*models: nn.Module) -> Iterator[None]:
     """Buffers that are written into or replaced in the block are put back."""
     owners = [module for model in models for module in model.modules()]
@@ -59,5 +72,6 @@ def buffers_kept(*models: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for owner, name, buffer, value, version in before:
                 owner._buffers[name] = buffer
-                if buffer._version != version:  # what is not touched stays usable for gradients
+                # What is not touched stays usable for gradients; batch norms write without counting a version.
+                if buffer._version != version or not torch.equal(buffer, value):
                     buffer.copy_(value)

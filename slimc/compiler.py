@@ -22,10 +22,11 @@ from .exporters import machine
 from .graph.capture import Example
 from .graph.cost import Costs
 from .graph.resize import Cut
+from .graph.stateless import modes_kept
 from .pace import Pace
 from .plan import Plan, make, scores_of, weights_sha256
 from .report import Method, TargetResult
-from .result import Compressed, evaluating
+from .result import Compressed
 from .rewrite import rewrite, shapes_agree
 from .samples import Samples, affordable, collect, made_up
 from .synthetic import synthetic
@@ -302,7 +303,7 @@ def build(
             module: nn.Module = _with_modes(own.module, analysis.modes)
         else:
             module = trainable(rewritten.module).train(analysis.modes[""])
-    with stages.stage("verify"), evaluating(rewritten.module):
+    with stages.stage("verify"), modes_kept(rewritten.module, training=False):
         proof = verify(types, cut, rewritten, _proof_inputs(analysis))
     plan = make(types, analysis.grouping, cut, **facts)
     plan = replace(plan, attributes=own.attributes if own.module else None, attributes_note=own.reason)

@@ -66,6 +66,13 @@ def warnings_of(analysis: Analysis, own: eager.Eager) -> list[str]:
         warnings.append(f"the batch size is fixed at {analysis.captured.batch}: {analysis.captured.batch_note}")
     if own.reason:
         warnings.append(f"the result is the graph as a module, not {type(analysis.model).__name__}: {own.reason}")
+    if own.module is not None:
+        fault = eager.training_fault(own.module, analysis.model, analysis.captured.example)
+        if fault:
+            warnings.append(
+                f"{type(own.module).__name__} no longer runs in training mode: layers that only training uses keep "
+                f"their sizes ({fault})"
+            )
     if analysis.frozen:
         names = ", ".join(sorted({cause.op for cause in analysis.frozen}))
         warnings.append(f"channels were left alone around {names}")

@@ -24,7 +24,7 @@ from .graph.capture import Example, tensors_only
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut, Resizing
 from .graph.rule import arguments
-from .graph.stateless import buffers_kept
+from .graph.stateless import buffers_kept, modes_kept
 from .rewrite import Rewritten
 
 Attributes = dict[str, dict[str, Any]]
@@ -86,17 +86,11 @@ def _names(types: Types) -> list[str]:
 
 
 def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str | None:
-    modes = {name: module.training for name, module in small.named_modules()}
-    small.eval()
     try:
-        with torch.no_grad(), tensors_only(small):
+        with torch.no_grad(), tensors_only(small), modes_kept(small, training=False):
             got, wanted = (_outputs(model, example) for model in (small, rewritten.module))
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"{type(small).__name__} does not run with the new sizes: {text[:200]}"
-    finally:
-        for name, module in small.named_modules():
-            module.training = modes[name]
+        return f"{type(small).__name__} does not run with the new sizes: {_said(error)}"
     pairs = list(zip(got, wanted, strict=False))
     if len(got) != len(wanted) or any(a.shape != b.shape for a, b in pairs):
         return f"{type(small).__name__} returns other shapes than the rewritten graph"
@@ -104,6 +98,26 @@ def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str
     if not worst <= _TOLERANCE:
         return f"{type(small).__name__} with the new sizes differs from the rewritten graph by {worst:.2g}"
     return None
+
+
+def training_fault(small: nn.Module, model: nn.Module, example: Example) -> str | None:
+    """Why a smaller module does not run in training mode although the model does, as where an auxiliary head keeps its
+    size; None where it does run, or neither does."""
+    fault = _training_error(small, example)
+    return None if fault is None or _training_error(model, example) else fault
+
+
+def _training_error(model: nn.Module, example: Example) -> str | None:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), modes_kept(model, training=True):
+            _outputs(model, example)
+    except Exception as error:
+        return _said(error)
+    return None
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from .exporters.parity import Parity, check_onnx, other_inputs
 from .graph.capture import program_of
 from .graph.infer import attribute
 from .graph.resize import Cut
-from .graph.stateless import buffers_kept
+from .graph.stateless import buffers_kept, modes_kept
 from .plan import Plan
 from .recover import Task
 from .report import Calibration, Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
@@ -76,7 +75,7 @@ class Compressed:
     def program(self) -> torch.export.ExportedProgram:
         """The slim model as an exported program, at inference, with the weights that `module` has now."""
         self.synchronise()
-        with evaluating(self.graph):
+        with modes_kept(self.graph, training=False):
             return program_of(self.graph, self.analysis.captured)
 
     def synchronise(self) -> None:
@@ -104,7 +103,8 @@ class Compressed:
         fixed = captured.batch if captured.dynamic_shapes is None else None
         found = collect(data, captured.example, samples or affordable(self.analysis.work), fixed)
         self.synchronise()
-        with self.stages.stage("recover"), evaluating(self.graph), recover.restored_on_error(self.graph):
+        evaluating = modes_kept(self.graph, training=False)
+        with self.stages.stage("recover"), evaluating, recover.restored_on_error(self.graph):
             detail = recover.find(name).run(self._task(found))
         self.note_recovery(name, detail)
         if self.module is not self.graph:
@@ -118,7 +118,7 @@ class Compressed:
         fitted, judged = recover.set_aside(samples)
         fitted = fitted.with_more(extra)
         self.synchronise()
-        with self.stages.stage("recover"), evaluating(self.graph):
+        with self.stages.stage("recover"), modes_kept(self.graph, training=False):
             judge = recover.Judge(self.analysis.captured.module, judged)
             for name in steps:
                 self.stages.detail(name)
@@ -186,7 +186,7 @@ class Compressed:
             return Plain(self.graph, partial(attribute, self.graph), torch.float64).results(filled(case))
 
         tensors = tuple(leaves[i].cpu() for i in places)
-        with evaluating(self.graph):
+        with modes_kept(self.graph, training=False):
             batches = (1,) if self.analysis.is_huge else (None, 1, 3)
             parity = check_onnx(path, reference, other_inputs(tensors, batched, batches=batches), exact=exact)
         if not parity.outputs_vary:
@@ -260,18 +260,6 @@ def _copy_tensors(source: nn.Module, target: nn.Module) -> None:
         for name, tensor in target.state_dict().items():
             if name in state and state[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(state[name])
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode for a while; every part gets its own mode back."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def _row(result: LatencyResult) -> Latency:

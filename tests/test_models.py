@@ -205,6 +205,7 @@ class Positions(nn.Module):
         self.a, self.b, self.h = nn.Linear(8, 24), nn.Linear(24, 24), nn.Linear(24, 4)
         self.places = nn.Parameter(torch.randn(1, 40, 24))
         self.register_buffer("mask", torch.ones(40, 40).tril())
+        self.mask: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
@@ -239,6 +240,32 @@ def test_slices_that_read_all_of_a_parameter_let_it_shrink() -> None:
     torch.manual_seed(0)
     slim = slimc.compress(Joined().eval(), torch.randn(2, 10, 8), params=0.5, round_to=1, recover="none")
     assert slim.report.params.share <= 0.5
+
+
+class Deep(nn.Module):
+    """Has a head that only training uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.h = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3), nn.Linear(24, 4)
+        self.side = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        out: Tensor = self.h(torch.relu(self.b(y)).mean((2, 3)))
+        return out + self.side(y.mean((2, 3))) if self.training else out
+
+
+def test_a_head_that_only_training_uses_is_told_of_and_trained_without() -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(3)]
+    slim = slimc.compress(Deep(), data[0][0], flops=0.3, round_to=1, recover="none")
+    assert type(slim.module) is Deep
+    assert any("Deep no longer runs in training mode" in warning for warning in slim.report.warnings)
+    trained = slimc.compress(Deep(), data[0][0], flops=0.3, round_to=1, data=data, epochs=2)
+    assert type(trained.module) is Deep
+    assert trained.module.training
+    assert any("without the layers that only training uses" in warning for warning in trained.report.warnings)
 
 
 def test_a_buffer_that_is_not_saved_is_cut_in_a_fresh_class(tmp_path: Path) -> None:

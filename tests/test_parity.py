@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,19 @@ def test_a_missing_output_fails() -> None:
 def test_no_inputs_prove_nothing() -> None:
     with pytest.raises(UsageError, match="at least one set"):
         check(lambda case: [], lambda: (), [], names=[], batched=[], tolerance=1e-5, label="m")
+
+
+def _of_two_rows_or_more(x: Tensor) -> Tensor:
+    return x + x[1]
+
+
+def test_inputs_that_the_model_itself_refuses_are_left_out() -> None:
+    inputs = [(torch.randn(rows, 4),) for rows in (2, 1, 3)]
+    options: dict[str, Any] = {"names": ("y",), "batched": (True,), "tolerance": 1e-5, "label": "a file"}
+    parity = check(lambda case: [_of_two_rows_or_more(*case)], _of_two_rows_or_more, inputs, **options)
+    assert (parity.cases, parity.batches) == (2, (2, 3))
+    with pytest.raises(IndexError):
+        check(lambda case: [_of_two_rows_or_more(*case)], _of_two_rows_or_more, inputs[1:], **options)
 
 
 def test_other_inputs_keep_type_and_range_and_fill_the_batch() -> None:

@@ -22,12 +22,13 @@ from torch.nn import functional
 from slimc import scores
 from slimc.activations import watch
 from slimc.errors import UsageError
+from slimc.graph.stateless import modes_kept
 from slimc.losses import loss_of, output_shape
 from slimc.readings import Sampling
 from slimc.scorers.dcp import picked
 from slimc.scores import Scores, Subject
 from slimc.training.features import channel_axis, last_places
-from slimc.training.loop import Hooks, restored_modes
+from slimc.training.loop import Hooks
 from slimc.training.phase import Phase
 from slimc.training.run import Run
 from slimc.training.schedule import demand, schedule
@@ -104,7 +105,7 @@ def discriminating(run: Run) -> Scores:
         sampling, loss = Sampling(subject, "dcp"), loss_of(subject)
         watch(subject, sampling.places)
         assert subject.samples is not None
-        with restored_modes(module):
+        with modes_kept(module):
             module.eval()
             gradients = heads.gradients(subject.samples.batches, sampling.parameters, loss)
         return picked(subject, sampling.readings(), gradients)

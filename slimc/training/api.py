@@ -177,6 +177,8 @@ def _compressed(
         f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"
         for place, moved in network.clipped.items()
     ]
+    if network.fault:
+        warnings.append("trained without the layers that only training uses, since these keep their sizes")
     with _trained(analysis, network):
         slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
     settings = {key: str(value) for key, value in options.settings.items()}

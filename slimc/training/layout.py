@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from slimc.graph.capture import Example
-from slimc.graph.stateless import buffers_kept
+from slimc.graph.stateless import buffers_kept, modes_kept
 from slimc.samples import Batch
 
 _FITS: dict[frozenset[object], bool] = {}
@@ -57,14 +57,9 @@ def _code(module: nn.Module) -> frozenset[object]:
 @torch.no_grad()
 def _runs(module: nn.Module, example: Example) -> bool:
     """Whether one run in eval mode, which leaves no trace, ends without an error."""
-    modes = [(part, part.training) for part in module.modules()]
     try:
-        with torch.random.fork_rng(devices=[]), buffers_kept(module):
-            module.eval()
+        with torch.random.fork_rng(devices=[]), buffers_kept(module), modes_kept(module, training=False):
             example.map(Tensor.clone).run(module)
     except RuntimeError:
         return False
-    finally:
-        for part, training in modes:
-            part.training = training
     return True

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
+from slimc.graph.stateless import modes_kept
 from slimc.losses import check_labels, first_output, scalar
 from slimc.onednn import Guard
 from slimc.samples import Batch, batch_of, check_finite
@@ -282,17 +283,6 @@ def widened(outputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
 
 
-@contextlib.contextmanager
-def restored_modes(module: nn.Module) -> Iterator[None]:
-    """Put train or eval mode back, module by module."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 @torch.no_grad()
 def evaluate(
     module: nn.Module, batches: Iterable[Batch], metric: Metric | None = None, recipe: Recipe | None = None
@@ -300,7 +290,7 @@ def evaluate(
     """The mean of a metric over samples, in eval mode; every module's mode is put back. Top-1 accuracy if not given."""
     ask = metric or top1
     total = count = 0.0
-    with restored_modes(module):
+    with modes_kept(module):
         module.eval()
         for batch in batches:
             own = layout(batch, module)
@@ -355,7 +345,7 @@ def fit(
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}; at least 1 is needed")
     example, history = Example.of(like), []
-    with kept_random_state(), restored_modes(module):
+    with kept_random_state(), modes_kept(module):
         stream = Stream(data, example, seed)
         loop = Loop(module, stream, epochs * len(stream), recipe)
         for number in range(1, epochs + 1):
