@@ -167,6 +167,57 @@ def test_the_best_weights_are_kept_where_the_recipe_says_so() -> None:
     assert not all(torch.equal(last[name], tensor) for name, tensor in found[2].items())
 
 
+def test_the_best_weights_are_looked_for_after_a_part_of_an_epoch_too() -> None:
+    answers = iter([0.3, 0.9])
+
+    class Watching(Run):
+        def accuracy_of(self, module: nn.Module) -> float | None:
+            return next(answers)
+
+    run = begin("one-shot", epochs=1.5, recipe=slimc.Recipe(keep="best"))
+    run.__class__ = Watching
+    phase = next(run)
+    recorded: list[dict[str, torch.Tensor]] = []
+    compare = run.accuracy_of
+
+    def recording(module: nn.Module) -> float | None:
+        recorded.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+        return compare(module) if len(recorded) < 3 else 0.9
+
+    run.accuracy_of = recording  # type: ignore[method-assign]
+    phase.train()
+    assert len(recorded) == 3  # after the epoch, after its half, and what the phase reports
+    assert all(torch.equal(recorded[1][name], tensor) for name, tensor in phase.module.state_dict().items())
+
+
+def test_statistics_are_left_alone_after_a_long_loop_of_ones_own() -> None:
+    model, data = network(), list(loaders()[0])
+    run = slimc.schedule("one-shot", model, torch.zeros(2, 1, 8, 8), flops=0.5, epochs=60, round_to=1, data=data)
+    for phase in run:
+        statistics = {name: buffer.clone() for name, buffer in phase.module.named_buffers()}
+        for buffer in phase.module.buffers():
+            buffer.add_(1)  # what the loop has come to
+        phase.done()
+    found = dict(run.result.module.named_buffers())
+    assert statistics
+    for name in [name for name in statistics if "running" in name]:
+        assert torch.equal(found[name], statistics[name] + 1)
+
+
+def test_what_trains_is_as_before_where_training_fails() -> None:
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    run = begin(epochs=2, loss=loss)
+    next(run).done()
+    phase = next(run)
+    assert phase.name == "tick"  # in which few parameters train
+    wanted = {name: parameter.requires_grad for name, parameter in phase.module.named_parameters()}
+    with pytest.raises(ZeroDivisionError):
+        phase.train()
+    assert wanted == {name: parameter.requires_grad for name, parameter in phase.module.named_parameters()}
+
+
 def test_values_inside_are_drawn_to_the_originals_and_hooks_are_taken_off() -> None:
     distances = []
     for features in (0.0, 10.0):

@@ -193,6 +193,43 @@ def test_cuts_of_a_share_of_all_channels_end_with_multiples(name: str, settings:
     assert kept[60] % 8 == 0
 
 
+# -- what users froze ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tick-tock", "resrep", "joint-search", "meta", "csgd"])
+def test_frozen_parameters_are_not_changed_by_gates_generators_and_merging(name: str) -> None:
+    model: Any = seeded(Plain)
+    still = [*model.b.parameters(), *model.bn2.parameters()]
+    for parameter in still:
+        parameter.requires_grad_(False)
+    run = begin(name, model, flops=0.6)
+    slim: Any = run.result
+    widths = dict(zip([group.width for group in run.analysis.groups], run.network.widths.tolist(), strict=True))
+    assert widths[40] < 40
+    assert widths[60] == 60  # a frozen layer makes it
+    kept = run.network.cut_so_far.indices(run.analysis.types.tensors["a.weight"][0])
+    assert torch.equal(slim.module.bn2.weight, model.bn2.weight)
+    assert torch.equal(slim.module.bn2.bias, model.bn2.bias)
+    if name != "csgd":  # there its columns are summed
+        assert torch.equal(slim.module.b.weight, model.b.weight[:, kept])
+
+
+def test_filters_that_are_equal_are_cut_as_far_as_the_budget_asks_and_no_further() -> None:
+    model: Any = seeded(Plain)
+    with torch.no_grad():
+        for layer in (model.a, model.b):
+            layer.weight.copy_(layer.weight[:1].expand_as(layer.weight))
+    run = begin("csgd", model, flops=0.5, round_to=4)
+    assert run.result.report.macs.share <= 0.5
+    assert run.share > 0.5 - 4 * dearest(run)
+    assert all(width % 4 == 0 for width in run.network.widths.tolist())
+
+
+def test_ticks_without_gradients_are_refused() -> None:
+    with pytest.raises(UsageError, match="no gradient reached the gates"):
+        _ = begin("tick-tock", seeded(Plain), settings={"finetune": 1}).result
+
+
 # -- soft ---------------------------------------------------------------------------------------------
 
 

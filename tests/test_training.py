@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import slimc
@@ -200,6 +200,24 @@ def test_distillation_alone_needs_no_labels_and_gives_the_teachers_outputs() -> 
             loop.step()
         loop.finish()
     assert distance() < before / 2
+
+
+def test_numbers_that_are_no_classes_are_distilled_as_numbers() -> None:
+    teacher, student = small_net().eval(), small_net()
+    nn.init.zeros_(student.last.weight)
+    data = [(inputs, torch.zeros(len(inputs), teacher.last.out_features)) for inputs, _ in separable()]
+    recipe = Recipe(rate=0.01, distil=1.0, precision="float32", shape="constant", warmup=0.0, momentum=0.0)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+    with kept_random_state():
+        loop = Loop(student, Stream(data, Example.of(LIKE), 0), 1, recipe, teacher=teacher, loss=loss)
+        batch = loop.stream.next()
+        found = loop._value(batch)
+        with torch.no_grad():
+            wanted = (batch.example.run(student.train()) - batch.example.run(teacher)).square().mean()
+    assert float(found.detach()) == pytest.approx(float(wanted))
 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])

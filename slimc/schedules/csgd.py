@@ -73,12 +73,11 @@ def centripetal(weight: Tensor, gradient: Tensor, mixing: Tensor, axis: int, eps
 
 def clusters(run: Run) -> npt.NDArray[np.int64]:
     """[variables] the representative of each channel's cluster: a channel that stays."""
-    from sklearn.cluster import KMeans
-
     network = run.network
     ranks = lifts.within_groups(network, run.score("magnitude"))
     filters = _filters(network)
     ranks[[variable for variable in range(len(ranks)) if variable not in filters]] = np.nan  # their groups stay whole
+    ranks[_frozen(network)] = np.nan
     for group in network.analysis.groups:
         # A norm over merged channels counts them once, and a product of two streams (query and key) is not a sum of
         # readers: equal channels of these cannot be merged without a change.
@@ -91,12 +90,34 @@ def clusters(run: Run) -> npt.NDArray[np.int64]:
         if not 0 < count < group.width:
             continue
         own = np.stack([filters[variable] for variable in group.variables.tolist()])
-        found = KMeans(count, n_init=1, random_state=run.options.seed).fit_predict(own)
-        for cluster in range(count):
-            members = group.variables[found == cluster]
-            if len(members):
-                labels[members] = members[0]
+        for members in _clustered(own, count, run.options.seed):
+            labels[group.variables[members]] = group.variables[members[0]]
     return labels
+
+
+def _clustered(filters: npt.NDArray[np.float64], count: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """The rows of each of `count` clusters, which are halved where equal rows make fewer."""
+    from sklearn.cluster import KMeans
+
+    distinct = len(np.unique(filters, axis=0))
+    found = KMeans(min(count, distinct), n_init=1, random_state=seed).fit_predict(filters)
+    clusters = [np.flatnonzero(found == number) for number in np.unique(found)]
+    while len(clusters) < count:
+        clusters.sort(key=len)
+        largest = clusters.pop()
+        clusters += np.array_split(largest, 2)
+    return clusters
+
+
+def _frozen(network: Network) -> npt.NDArray[np.int64]:
+    """Channels that a frozen parameter makes, which cannot be drawn together."""
+    types, read = network.analysis.types, _read(network.analysis.types)
+    found = [np.empty(0, np.int64)]
+    for name, axes in types.tensors.items():
+        if isinstance(types.weights[name], nn.Parameter) and not types.weights[name].requires_grad:
+            found += [types.solution.factors(axis).ravel() for i, axis in enumerate(axes) if (name, i) not in read]
+    variables = np.unique(np.concatenate(found))
+    return variables[variables >= 0]
 
 
 def _multiplied(network: Network) -> set[int]:

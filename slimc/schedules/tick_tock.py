@@ -67,6 +67,11 @@ def tick_tock(
         tick = scored(run, (1 - _TOCKS) * before / planned)
         yield tick
         done += 1
+        if not any(bool(own.any()) for own in tick.tally.values()):
+            raise UsageError(
+                "no gradient reached the gates of --schedule tick-tock: give it epochs before the last cut (--epochs, "
+                "--set finetune), and attach the optimiser of a loop of yours (phase.attach)"
+            )
         values = lifts.summed(run.network, run.network.places, tick.tally)
         if lift == "mean":
             values /= lifts.members_of_channels(run.network, run.network.places)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from slimc.errors import UsageError
 
+from .gates import places
 from .network import Network
 
 
@@ -63,7 +64,7 @@ def last_places(network: Network) -> dict[str, tuple[bool, Any]]:
     """For each group the module that writes it last, with whether it is a norm, and its channels; in order of depth."""
     last: dict[int, tuple[str, bool, Any]] = {}
     numbers = network.analysis.grouping.group_of
-    for place in network.places:
+    for place in places(network.analysis.types):
         rows = network.analysis.types.solution.factors(place.axis)
         for number in set(numbers[rows[rows >= 0]].tolist()):
             last.pop(number, None)  # to the end, so that the order is that of last writers

@@ -82,6 +82,16 @@ def places(types: Types, *, after_norms: bool = True) -> tuple[Place, ...]:
     return tuple(found)
 
 
+def trained(types: Types, found: tuple[Place, ...]) -> tuple[Place, ...]:
+    """The places of channels that no frozen parameter makes: a gate there would change it after all."""
+    rows = {place.name: types.solution.factors(place.axis) for place in found}
+    frozen = [
+        rows[place.name] for place in found if not all(types.weights[name].requires_grad for name, _ in place.tensors)
+    ]
+    still = np.concatenate([own.ravel() for own in frozen]) if frozen else np.empty(0)
+    return tuple(place for place in found if not np.isin(rows[place.name], still[still >= 0]).any())
+
+
 def _place(types: Types, site: Site) -> Place | None:
     name = operator_name(site.node)
     if site.operand is not None or name not in ("batch_norm", "linear", *CONVOLUTIONS):

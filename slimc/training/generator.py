@@ -50,7 +50,10 @@ def generated(types: Types, grouping: Grouping, cut: Cut, closing: Sequence[Plac
     """
     where = {name: axis for place in closing for name, axis in place.tensors}
     names = dict.fromkeys(
-        name for place in (*closing, *places_of(types, after_norms=False)) for name, _ in place.tensors
+        name
+        for place in (*closing, *places_of(types, after_norms=False))
+        for name, _ in place.tensors
+        if types.weights[name].requires_grad
     )
     found = []
     for name in names:

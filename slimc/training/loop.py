@@ -155,7 +155,7 @@ class Loop:
         share = self.recipe.distil
         parts = []
         if share:
-            parts.append(share * self._drawn(first_output(outputs), first_output(widened(wanted))))
+            parts.append(share * self._drawn(first_output(outputs), first_output(widened(wanted)), batch.targets))
         if share < 1:
             parts.append((1 - share) * self._of_labels(outputs, batch))
         if self._features is not None:
@@ -170,8 +170,11 @@ class Loop:
         assert isinstance(batch.targets, Tensor)
         return functional.cross_entropy(scores, batch.targets.long(), label_smoothing=self.recipe.smoothing)
 
-    def _drawn(self, own: Tensor, wanted: Tensor) -> Tensor:
-        """How far class scores are from the original's, per sample and place, both softened."""
+    def _drawn(self, own: Tensor, wanted: Tensor, targets: Any) -> Tensor:
+        """How far class scores are from the original's, per sample and place, both softened; the mean square of the
+        distance where the targets of a loss of the user's are no classes."""
+        if self._loss is not None and not (isinstance(targets, Tensor) and _are_whole(targets)):
+            return functional.mse_loss(own, wanted)
         if own.dim() < 2 or own.shape[1] < 2 or (own.dim() == 3 and self._loss is not None):
             raise UsageError(
                 f"the model's first output has shape {list(own.shape)}: which of its axes holds the classes is not "
@@ -185,9 +188,13 @@ class Loop:
         return functional.kl_div(mine, theirs, reduction="batchmean", log_target=True) * heat * heat
 
     def finish(self) -> None:
-        """Take the averaged weights and statistics, if there are any, and put back what trains."""
+        """Take the averaged weights and statistics, if there are any, and `close`."""
         if self.average is not None and self.done:
             self.module.load_state_dict(self.average.module.state_dict())
+        self.close()
+
+    def close(self) -> None:
+        """Put back what trains, and take hooks off; also where training has failed."""
         if self._features is not None:
             self._features.close()
         for (_, parameter), wanted in zip(self._named, self._wanted, strict=True):
@@ -228,6 +235,10 @@ class Loop:
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+
+
+def _are_whole(targets: Tensor) -> bool:
+    return not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
 
 
 def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -57,7 +57,7 @@ class Network:
         self.generator: Generator | None = None
         self.clipped: dict[str, float] = {}
         self.fault: str | None = None
-        self.places = gates.places(analysis.types)
+        self.places = gates.trained(analysis.types, gates.places(analysis.types))
         self.gated = False
         self._module: nn.Module | None = None
         self._rewritten: Rewritten | None = None

@@ -91,6 +91,7 @@ class Phase:
     def done(self) -> None:
         """The phase has been trained by your loop."""
         if not self._finished:
+            self._run.trained_elsewhere(self)
             self._finish(None)
 
     def train(self) -> None:
@@ -145,12 +146,18 @@ class Trainer:
             if self._run.is_due() or (ended and self._run.folder is not None):
                 self._run.save(self.state())
         loss = loop.loss if loop.loss is not None else self._last
+        if loop.done and stream.index < len(stream):  # a part of an epoch
+            self._compare()
         loop.finish()
         workers.same(self._phase.module.buffers())  # each process has batch statistics of its own
         if recipe.keep == "best" and self._best is not None:
             self._phase.module.load_state_dict(self._weights)
         self._run.network.optimiser = loop.memory()
         return loss
+
+    def close(self) -> None:
+        """Leave the network as it was, but for what was trained."""
+        self._loop.close()
 
     def state(self) -> dict[str, Any]:
         """Where the phase is."""
@@ -168,10 +175,15 @@ class Trainer:
         self._worse = state["worse"]
 
     def _end_epoch(self) -> None:
-        run, recipe, loop = self._run, self._phase.recipe, self._loop
+        run, loop = self._run, self._loop
         self._last = loop.loss
         run.log({"event": "epoch", "phase": self._phase.name, "epochs": self._epochs(), "loss": self._last})
         loop.forget()
+        self._compare()
+
+    def _compare(self) -> None:
+        """Measure the network where the recipe chooses by that."""
+        run, recipe = self._run, self._phase.recipe
         if recipe.keep == "best" or recipe.patience:
             accuracy = run.accuracy_of(run.network.module)
             if accuracy is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -297,10 +297,15 @@ class Run:
         if self._middle is not None:
             trainer.load(self._middle)
             self._middle = None
-        with self.stages.stage("train"), self.wish.listening(), self._own_random_state():
+        with self.stages.stage("train"), self.wish.listening(), self._own_random_state(), closing(trainer):
             loss = trainer.run()
         self._steps += trainer.steps
         return loss
+
+    def trained_elsewhere(self, phase: Phase) -> None:
+        """Count the steps of a loop of the user's own."""
+        if self.stream is not None:
+            self._steps += round(phase.epochs * len(self.stream))
 
     def measure(self, phase: Phase) -> float | None:
         """Validation accuracy at the end of a phase; short phases go unmeasured until half an epoch has passed."""
