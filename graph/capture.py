@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,7 +159,10 @@ def program_of(module: GraphModule, captured: Captured) -> torch.export.Exported
 def _export(model: nn.Module, example: Example, spec: Any | None) -> torch.export.ExportedProgram:
     if isinstance(spec, tuple) and (rest := _first_rest(model)) is not None:
         spec = (*spec[:rest], tuple(spec[rest:]))  # those that *args takes are one argument to torch.export
-    return torch.export.export(model, example.args, example.kwargs or None, dynamic_shapes=spec, strict=False)
+    with warnings.catch_warnings():
+        # Recurrent layers list their weights anew, and buffers that forward replaces are put back by us.
+        warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
+        return torch.export.export(model, example.args, example.kwargs or None, dynamic_shapes=spec, strict=False)
 
 
 def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any | None) -> Captured:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -150,7 +151,9 @@ class Inference:
 
     def cause(self, node: Node, reason: str, kind: str = "limit") -> Cause:
         """A cause that names a node."""
-        return Cause(node.name, str(node.target), module_path(node), reason, kind)
+        target = node.target
+        name = str(target) if isinstance(target, torch._ops.OpOverload) else rule.operator_name(node)
+        return Cause(node.name, name, module_path(node), reason, kind)
 
     def unify(self, node: Node, left: Terms, right: Terms) -> None:
         """Make two axes one at this node."""
@@ -219,7 +222,7 @@ class Inference:
         if function is None and rule.is_pointwise(node) and isinstance(node.meta["val"], Tensor):
             function = rule.INFER["pointwise"]
         if function is None:
-            return self.leave(node, "no rule for this operator, so its channels are left alone")
+            return self.leave(node, "no rule for this operator: its channels are left alone, its work is not counted")
         value = self._values[node] = function(self, node)
         if name in rule.COUNT:
             self.macs.extend(Product(c, tuple(axes), node) for c, axes in rule.COUNT[name](self, node))
@@ -235,14 +238,20 @@ class Inference:
         self.weights.setdefault(name, tensor)
 
     def _own_axes(self, name: str, tensor: Tensor, given: dict[int, Terms]) -> Axes:
-        if not tensor.is_floating_point():  # integers are positions and counts, never channels
+        if not (tensor.is_floating_point() or tensor.is_complex()):  # integers are positions and counts, never channels
             return self.frozen(tensor.shape)
         axes = tuple(given[i] if i in given else self.store.fresh(size) for i, size in enumerate(tensor.shape))
         if name in self.constants:
             reason = "a constant written in forward() keeps its size; register it as a buffer to let it shrink"
-            for axis in axes:
-                self.store.freeze(axis, Cause(name, "constant", "", reason, "limit"))
+            self._freeze_own(axes, Cause(name, "constant", "", reason, "limit"))
+        elif tensor.is_complex():
+            self._freeze_own(axes, Cause(name, "complex numbers", "", "complex numbers are left alone", "limit"))
         return axes
+
+    def _freeze_own(self, axes: Axes, cause: Cause) -> None:
+        for axis in axes:
+            if axis.any():
+                self.store.freeze(axis, cause)
 
     def _input(self, node: Node) -> Value:
         value = node.meta.get("val")

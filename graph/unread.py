@@ -39,7 +39,7 @@ def keep_unread(walk: Inference) -> None:
         for axis in walk.made(name):
             unread = axis[~np.isin(axis, known)]
             if unread.size:
-                walk.freeze(node, unread, "not read with an input of the example's size; a larger one may read it")
+                walk.freeze(node, unread, "beyond the example; a larger input may read it", "structure")
 
 
 def _read_terms(walk: Inference, tensor: Node) -> tuple[list[Terms], list[Node]]:

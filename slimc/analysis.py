@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .detector import is_detector
 from .errors import CaptureError, UsageError
 from .graph.capture import Captured, Example, capture
 from .graph.cost import Costs, Model
 from .graph.groups import Group, Grouping, group
-from .graph.infer import Types, hint, infer
+from .graph.infer import Types, hint, infer, named_tensors
 from .graph.terms import Cause
 
 if TYPE_CHECKING:
@@ -99,6 +100,12 @@ class Analysis:
     types: Types
     grouping: Grouping
     cost: Model
+
+    def __repr__(self) -> str:
+        return (
+            f"<Analysis of {type(self.model).__name__}: {len(self.groups)} groups, {self.macs:,} MACs, "
+            f"{self.params:,} parameters>"
+        )
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -185,6 +192,9 @@ def analyse(
         raise UsageError(f"wanted an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(f"{type(model).__name__} is compiled by torch.jit; give the nn.Module that it was made of")
+    lazy = next((name for name, tensor in named_tensors(model) if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise UsageError(f"{lazy} has no shape yet: run the model once, so that its lazy modules get theirs")
     if is_detector(model):
         raise CaptureError(
             f"{type(model).__name__} decides by what it sees how many boxes it keeps, which cannot be captured. Give "

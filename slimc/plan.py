@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import PlanError
 from .graph.groups import Grouping
@@ -174,6 +176,8 @@ class Plan:
                     f"the plan cuts {name}, which this model does not have (or does not use). "
                     "A plan fits only the architecture it was made for."
                 )
+            if is_lazy(tensors[name]):
+                raise PlanError(f"{name} has no shape yet: run the model once, so that its lazy modules get theirs")
             shape = list(tensors[name].shape)
             if name in self.shapes and list(self.shapes[name]) != shape:
                 raise PlanError(
@@ -242,14 +246,10 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    import torch
-
     return torch.uint8 if tensor.dtype != torch.bool else torch.bool
 
 
 def _index(indices: list[int], like: Tensor) -> Tensor:
-    import torch
-
     return torch.tensor(indices, dtype=torch.int64, device=like.device)
 
 

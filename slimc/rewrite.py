@@ -98,10 +98,12 @@ def _copy_untensored(original: GraphModule, graph: Graph, root: nn.Module) -> No
 def shapes_agree(types: Types, cut: Cut, rewritten: Rewritten) -> str | None:
     """Name the first node whose shape differs from what the terms predict; None if all agree."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     work = Resizing(types, cut.alive)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Loops of torch ask for symbols, even where no size is one.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     prop = FakeTensorProp(rewritten.module, mode)
     with torch.no_grad(), buffers_kept(rewritten.module):  # what is computed from tensors alone runs for real
         prop.propagate(*_flat_inputs(types))

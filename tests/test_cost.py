@@ -139,3 +139,41 @@ def test_a_product_of_several_tensors_counts_pair_by_pair(
 
     counted = slimc.inspect(Einsum(), torch.randn(shapes[0])).macs
     assert counted == macs / 2
+
+
+class Probes(nn.Module):
+    """Learned queries, the same for all samples, look at what each sample holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.key, self.value = nn.Parameter(torch.randn(1, 3, 8)), nn.Linear(4, 8), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(self.queries, self.key(x), self.value(x))
+
+
+def test_attention_of_shared_queries_is_counted_for_every_sample() -> None:
+    macs = slimc.inspect(Probes(), torch.randn(5, 7, 4)).macs
+    assert macs == 7 * 4 * (8 + 6) + 3 * 7 * (8 + 6)
+
+
+def test_a_bilinear_layer_is_counted_as_two_products() -> None:
+    class Paired(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = nn.Bilinear(4, 6, 5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            result: Tensor = self.pair(x, y)
+            return result
+
+    assert slimc.inspect(Paired(), (torch.randn(2, 3, 4), torch.randn(2, 3, 6))).macs == 3 * 5 * (4 * 6 + 6)
+
+
+def test_a_cast_has_a_storage_of_its_own() -> None:
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.tanh().double()
+
+    # tanh's result and the cast of it, of 4 and 8 bytes a number.
+    assert analyse(Cast().eval(), torch.randn(2, 10)).full.memory == 10 * (4 + 8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import slimc
-from slimc.errors import VerificationError
+from slimc.errors import PlanError, UsageError, VerificationError
 
 
 class Recurrent(nn.Module):
@@ -222,7 +222,7 @@ def test_rows_of_a_table_beyond_the_example_stay() -> None:
     assert slim.module.mask.shape == (40, 40)
     assert slim.module(torch.randn(2, 40, 8)).shape == (2, 40, 4)
     reasons = {cause.reason for cause in slim.analysis.types.store.causes}
-    assert "not read with an input of the example's size; a larger one may read it" in reasons
+    assert "beyond the example; a larger input may read it" in reasons
 
 
 class Joined(nn.Module):
@@ -266,6 +266,41 @@ def test_a_head_that_only_training_uses_is_told_of_and_trained_without() -> None
     assert type(trained.module) is Deep
     assert trained.module.training
     assert any("without the layers that only training uses" in warning for warning in trained.report.warnings)
+
+
+def test_lazy_modules_that_have_not_run_are_named(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(24), nn.ReLU(), nn.Linear(24, 4)).eval()
+
+    model, x = make(), torch.randn(2, 8)
+    with pytest.raises(UsageError, match=r"0\.weight has no shape yet: run the model once"):
+        slimc.compress(model, x, params=0.5)
+    model(x)
+    slim = slimc.compress(model, x, params=0.5, recover="none", round_to=1)
+    slim.save(tmp_path / "slim")
+    with pytest.raises(PlanError, match="has no shape yet"):
+        slimc.load(tmp_path / "slim", make())
+
+
+class Looped(nn.Module):
+    """A loop that torch captures as one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.h = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.b(torch.relu(self.a(x))))
+        _, y = torch.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, torch.sin(y)), (torch.tensor(0), y))  # type: ignore[no-untyped-call]
+        return self.h(y)  # type: ignore[no-any-return]
+
+
+def test_a_loop_of_torch_is_left_alone_and_named() -> None:
+    torch.manual_seed(0)
+    slim = slimc.compress(Looped().eval(), torch.randn(2, 8), params=0.8, round_to=1, recover="none")
+    assert [group.width for group in slim.analysis.groups] == [24, 8]
+    assert slim.report.warnings == ("channels were left alone around while_loop",)
+    assert "its work is not counted" in slim.report.frozen[0].reason
 
 
 def test_a_buffer_that_is_not_saved_is_cut_in_a_fresh_class(tmp_path: Path) -> None:

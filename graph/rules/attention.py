@@ -65,7 +65,8 @@ def scale(work: Resizing, old: Node, new: Node) -> None:
 
 @counts("scaled_dot_product_attention")
 def attention_macs(walk: Inference, node: Node) -> list[tuple[float, Sequence[Terms]]]:
-    """Scores take L x S x E, their use L x S x Ev, for each head."""
+    """Scores take L x S x E, their use L x S x Ev, for each head; whichever operand broadcasts."""
     call = arguments(node)
     query, key, value = (walk.axes(call[name]) for name in ("query", "key", "value"))
-    return [(1.0, [*query, key[-2]]), (1.0, [*query[:-1], value[-2], value[-1]])]
+    rows = walk.axes(node)[:-1]
+    return [(1.0, [*rows, key[-2], query[-1]]), (1.0, [*rows, value[-2], value[-1]])]

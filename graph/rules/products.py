@@ -24,6 +24,14 @@ def bilinear(walk: Inference, node: Node) -> Axes:
     return (*broadcast(walk, node, [left[:-1], right[:-1]]), weight[0])
 
 
+@counts("bilinear")
+def bilinear_macs(walk: Inference, node: Node) -> list[tuple[float, Sequence[Terms]]]:
+    """For each row and output, input1 times a matrix, and what comes of it times input2."""
+    call = arguments(node)
+    rows, weight = walk.axes(node)[:-1], walk.axes(call["weight"])
+    return [(1.0, [*rows, *weight]), (1.0, [*rows, weight[0], weight[2]])]
+
+
 @infers("tensordot")
 def tensordot(walk: Inference, node: Node) -> Axes:
     """The named axes are contracted pair by pair; what is left of each side follows in order."""
