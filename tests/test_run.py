@@ -235,6 +235,32 @@ def test_values_inside_are_drawn_to_the_originals_and_hooks_are_taken_off() -> N
     assert distances[1] < 0.8 * distances[0]
 
 
+class Functional(nn.Module):
+    """Torch's attention, whose parts are never called, and a layer of its own parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.weight, self.bias = nn.Parameter(0.1 * torch.randn(16, 16)), nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.first(x.flatten(1, 2)))
+        y = y + self.attention(y, y, y, need_weights=False)[0]
+        y = nn.functional.linear(torch.relu(y), self.weight, self.bias)
+        return self.last(y.mean(1))  # type: ignore[no-any-return]
+
+
+def test_only_layers_that_are_called_are_drawn_to_the_originals_values() -> None:
+    recipe = slimc.Recipe(features=1.0)
+    train, _ = loaders()
+    run = slimc.schedule(
+        "one-shot", Functional(), torch.zeros(2, 1, 8, 8), flops=0.9, epochs=1, data=train, round_to=1, recipe=recipe,
+        ignore=["attention.in_proj_weight"],
+    )  # fmt: skip
+    assert run.result.report.targets["flops"].met
+
+
 def test_training_stops_early_where_the_recipe_says_so(tmp_path: Path) -> None:
     run = begin(
         "one-shot", epochs=6, recipe=slimc.Recipe(patience=2), metric=lambda outputs, targets: 0.5, folder=tmp_path

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from slimc import scores
@@ -27,7 +27,7 @@ from slimc.losses import loss_of, output_shape
 from slimc.readings import Sampling
 from slimc.scorers.dcp import picked
 from slimc.scores import Scores, Subject
-from slimc.training.features import channel_axis, last_places
+from slimc.training.features import channel_axis, gives_a_value, last_places
 from slimc.training.loop import Hooks
 from slimc.training.phase import Phase
 from slimc.training.run import Run
@@ -76,7 +76,7 @@ def _loss(run: Run, own: Tensor, targets: Any) -> Tensor:
 def _spread(run: Run, count: int) -> list[list[Any]]:
     """Values of groups at even distances; the network's own head is behind the last segment."""
     module = run.network.module
-    known = [item for item in last_places(run.network).items() if _gives_a_value(module.get_submodule(item[0]))]
+    known = [item for item in last_places(run.network).items() if gives_a_value(module.get_submodule(item[0]))]
     if not known:
         raise UsageError(
             "--schedule dcp puts heads behind convolutions, linear layers and batch norms that are modules, and this "
@@ -88,12 +88,6 @@ def _spread(run: Run, count: int) -> list[list[Any]]:
         [path, channel_axis(module, path, norm), cut.shape((axis,))[0]]
         for path, (norm, axis) in (known[place] for place in chosen)
     ]
-
-
-def _gives_a_value(module: nn.Module) -> bool:
-    """Whether a forward hook sees what the layer gives; modules of graphs and of torch's attention are never called."""
-    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
-    return isinstance(module, kinds) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def discriminating(run: Run) -> Scores:

@@ -21,7 +21,7 @@ from .network import Network
 class Features:
     """Draws values inside a network to the original's at the kept channels, while it is open.
 
-    Raises UsageError for networks that are graphs, which have no modules that give these values.
+    Raises UsageError for networks that are graphs, and others that have no modules which give these values.
     """
 
     def __init__(self, network: Network) -> None:
@@ -35,6 +35,8 @@ class Features:
                 module = _module(owner, path)
                 self._hooks.append(module.register_forward_hook(self._catch(trained, path)))
             self._kept[path] = rank, cut.indices(axis)
+        if not self._kept:
+            raise UsageError("features= finds no layer that gives channels; leave it at 0")
 
     def _catch(self, trained: bool, path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -60,11 +62,22 @@ class Features:
         self._hooks.clear()
 
 
+def gives_a_value(module: nn.Module) -> bool:
+    """Whether a forward hook sees what the layer gives; modules of graphs and of torch's attention are never called."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, kinds) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def last_places(network: Network) -> dict[str, tuple[bool, Any]]:
-    """For each group the module that writes it last, with whether it is a norm, and its channels; in order of depth."""
+    """For each group the layer that writes it last, with whether it is a norm, and its channels; in order of depth.
+
+    Parameters of other modules are passed over: what these give need not be the channels.
+    """
     last: dict[int, tuple[str, bool, Any]] = {}
     numbers = network.analysis.grouping.group_of
     for place in places(network.analysis.types):
+        if not gives_a_value(network.analysis.model.get_submodule(place.name.rpartition(".")[0])):
+            continue
         rows = network.analysis.types.solution.factors(place.axis)
         for number in set(numbers[rows[rows >= 0]].tolist()):
             last.pop(number, None)  # to the end, so that the order is that of last writers
