@@ -354,7 +354,10 @@ def _distance(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 def _redrawn(module: GraphModule, seed: int) -> Read:
-    """Other values for every parameter: near the old ones in scale, and never near zero all over."""
+    """Other values for every parameter: near the old ones in scale, and never near zero all over.
+
+    One that has no negative values gets none, as it may stand under a root or a logarithm.
+    """
     drawn: dict[int, Tensor] = {}
 
     def read(name: str) -> Any:
@@ -365,7 +368,9 @@ def _redrawn(module: GraphModule, seed: int) -> Read:
             generator = torch.Generator().manual_seed(seed + len(drawn))
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
             fan_in = max(1, tensor[0].numel()) if tensor.dim() > 1 else 1
-            drawn[id(tensor)] = noise * (fan_in**-0.5) if tensor.dim() > 1 else 0.5 + 0.25 * noise
+            other = noise * (fan_in**-0.5) if tensor.dim() > 1 else 0.5 + 0.25 * noise
+            is_positive = bool((tensor >= 0).all() and (tensor > 0).any())
+            drawn[id(tensor)] = other.abs() if is_positive else other
         return drawn[id(tensor)]
 
     return read

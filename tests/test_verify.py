@@ -248,6 +248,24 @@ def test_a_branch_scaled_by_zero_is_proven_with_redrawn_parameters() -> None:
     assert proof.moved > 1e3 * proof.max_relative_error
 
 
+class Rooted(LayerScale):
+    """Takes the root of a table of positive numbers as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spread = nn.Parameter(1 + torch.rand(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = super().forward(x) @ self.spread.sqrt()
+        return result
+
+
+def test_redrawn_parameters_stay_positive_where_the_models_own_are() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert Cutting.model(Rooted().eval(), torch.randn(4, 6)).proof().redrawn
+
+
 def test_a_mistake_in_a_branch_scaled_by_zero_is_caught_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     rule.load()
     monkeypatch.setitem(rule.INFER, "softmax", as_elementwise)
