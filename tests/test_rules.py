@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from slimc.analysis import analyse
 from slimc.errors import CaptureError, InternalError
 from slimc.graph import rule
+from slimc.graph.rules.view import segments
 
 CHANNELS = 8
 Operator = Callable[[Tensor], Tensor]
@@ -214,3 +215,19 @@ def test_two_rules_for_one_operator_are_an_error_that_names_both() -> None:
 def test_every_resizing_and_counting_rule_belongs_to_an_operator_that_is_inferred() -> None:
     rule.load()
     assert rule.RESIZE.keys() | rule.COUNT.keys() <= rule.INFER.keys()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([2, 3, 4, 5], [2, 3, 5, 4], [([2], [2]), ([3], [3]), ([4, 5], [5, 4])]),
+        ([4, 5, 6], [5, 4, 2, 3], [([4, 5], [5, 4]), ([6], [2, 3])]),
+        ([1, 4, 6], [6, 1, 4], [([1, 4, 6], [6, 1, 4])]),
+        ([4, 6, 1], [6, 4, 1, 1], [([4, 6, 1], [6, 4, 1, 1])]),
+        ([2, 0, 3], [3, 0, 2], [([2, 0, 3], [3, 0, 2])]),
+    ],
+)
+def test_a_view_is_split_where_both_shapes_have_had_the_same_elements(
+    before: list[int], after: list[int], expected: list[tuple[list[int], list[int]]]
+) -> None:
+    assert [(before[old], after[new]) for old, new in segments(before, after)] == expected

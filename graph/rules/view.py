@@ -21,24 +21,57 @@ from slimc.graph.terms import Terms
 
 @infers("view", "reshape", "_unsafe_view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze")
 def view(walk: Inference, node: Node) -> Axes:
-    """Refine both shapes to common factors, split the input's axes to them, merge them to the output's."""
+    """Refine both shapes to common factors, split the input's axes to them, merge them to the output's.
+
+    Where that can't be, neighbouring axes that are mixed stay whole, and the others are refined without them.
+    """
     axes = walk.axes(node.args[0])
     before, after = [len(axis) for axis in axes], list(walk.out_shape(node))
     if before == after:
         return axes
     factors = refine(before, after)
-    if factors is None:
-        for axis in axes:
-            walk.freeze(node, axis, f"a view from {before} to {after} does not split and merge whole axes")
-        return walk.frozen(after)
+    if factors is not None:
+        return _refined(walk, node, axes, after, factors)
+    result: list[Terms] = []
+    for old, new in segments(before, after):
+        sizes = after[new]
+        factors = refine(before[old], sizes)
+        if factors is not None:
+            result.extend(_refined(walk, node, axes[old], sizes, factors))
+            continue
+        for axis in axes[old]:
+            walk.freeze(node, axis, f"a view from {before[old]} to {sizes} does not split and merge whole axes")
+        result.extend(walk.frozen(sizes))
+    return tuple(result)
+
+
+def _refined(walk: Inference, node: Node, axes: Axes, after: list[int], factors: list[int]) -> Axes:
     parts: list[Terms] = []
-    for axis, own in zip(axes, _deal(factors, before), strict=True):
+    for axis, own in zip(axes, _deal(factors, [len(axis) for axis in axes]), strict=True):
         parts.extend(split(walk, node, axis, own))
     merged = []
     for own in _deal(factors, after):
         merged.append(walk.store.grid(parts[: len(own)]) if own else walk.store.frozen(1))
         parts = parts[len(own) :]
     return tuple(merged)
+
+
+def segments(before: list[int], after: list[int]) -> list[tuple[slice, slice]]:
+    """Runs of axes of both shapes that hold the same elements, as short as can be; all axes where a size is 0."""
+    whole = [(slice(0, len(before)), slice(0, len(after)))]
+    if 0 in before or 0 in after:
+        return whole
+    left, right = ([int(n) for n in np.cumprod(sizes)] for sizes in (before, after))
+    found, start, other = [], 0, 0
+    for size in sorted(set(left) & set(right)):
+        end, close = left.index(size) + 1, right.index(size) + 1
+        found.append((slice(start, end), slice(other, close)))
+        start, other = end, close
+    if not found:
+        return whole
+    # What follows the last element is axes of one index.
+    old, new = found.pop()
+    return [*found, (slice(old.start, len(before)), slice(new.start, len(after)))]
 
 
 @infers("view_as", "reshape_as")

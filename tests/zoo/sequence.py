@@ -247,6 +247,21 @@ class PositionBias(nn.Module):
         return self.out(x.transpose(1, 2).reshape(b, n, 8))
 
 
+# Transformer-XL's shift: a view that mixes the two axes of places, and no others.
+@case("2: q.o k.o v.o out.i", "4: q.o k.o", "4: v.o out.i", inputs=features(4, 8), own_class=False)
+class RelativeShift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (layer(x).view(b, n, 2, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        near = F.pad(q @ k.mT, (1, 0)).view(b, -1, n + 1, n)[:, :, 1:]
+        x = (q @ k.mT + near).softmax(-1) @ v
+        return self.out(x.transpose(1, 2).reshape(b, n, -1))
+
+
 # Windows of 2 x 2: places move between axes and back, channels stay in theirs.
 @case("4: a.o mix.i", "5: mix.o fc.i", inputs=image)
 class WindowPartition(nn.Module):
