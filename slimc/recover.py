@@ -200,10 +200,6 @@ class Judge:
         of_samples = torch.cat(divergences)
         return Verdict(distance, of_samples, same / len(of_samples))
 
-    def distance(self, slim: GraphModule) -> float:
-        """See `Verdict`."""
-        return self.verdict(slim).distance
-
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.inf

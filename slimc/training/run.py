@@ -32,7 +32,7 @@ from .phase import Phase, Trainer
 from .recipe import default_rate, has_layer_norms
 from .schedule import Schedule
 from .selection import Selection
-from .stream import Stream, kept_random_state, random_state, seed_all, set_random_state
+from .stream import OwnRandomState, Stream, kept_random_state, random_state, seed_all
 
 _SAVED_EVERY = 60.0
 _ROUNDING = 1e-9
@@ -87,8 +87,7 @@ class Run:
         self._samples: Samples | None = None
         self._result: Any = None
         self._phases: Iterator[Phase] | None = None
-        self._random: dict[str, Any] | None = None
-        self._inside = False
+        self._own_random_state = OwnRandomState(options.seed, _SAMPLES_SEED)
         self.wish = Wish()
 
     # -- for callers ----------------------------------------------------------------------------------
@@ -103,25 +102,8 @@ class Run:
     def __next__(self) -> Phase:
         if self._phases is None:
             self._phases = self._pass()
-        with self._own_random_state():
+        with self._own_random_state:
             return next(self._phases)
-
-    @contextmanager
-    def _own_random_state(self) -> Iterator[None]:
-        """Random numbers of the run's own; the caller's state is as it was afterwards, also between phases."""
-        if self._inside:
-            yield
-            return
-        outer, self._inside = random_state(), True
-        if self._random is None:
-            seed_all(self.options.seed, _SAMPLES_SEED)
-        else:
-            set_random_state(self._random)
-        try:
-            yield
-        finally:
-            self._random, self._inside = random_state(), False
-            set_random_state(outer)
 
     def _pass(self) -> Iterator[Phase]:
         with self._alone():
@@ -297,7 +279,7 @@ class Run:
         if self._middle is not None:
             trainer.load(self._middle)
             self._middle = None
-        with self.stages.stage("train"), self.wish.listening(), self._own_random_state(), closing(trainer):
+        with self.stages.stage("train"), self.wish.listening(), self._own_random_state, closing(trainer):
             loss = trainer.run()
         self._steps += trainer.steps
         return loss

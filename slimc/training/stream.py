@@ -112,6 +112,31 @@ class kept_random_state:
         set_random_state(self._state)
 
 
+class OwnRandomState:
+    """Random numbers of a run's own inside of blocks, which may be nested; outside, the caller's are as they were."""
+
+    def __init__(self, seed: int, epoch: int) -> None:
+        self._start = seed, epoch
+        self._depth = 0
+        self._own: dict[str, Any] | None = None
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._outer = random_state()
+        if self._own is None:
+            seed_all(*self._start)
+        else:
+            set_random_state(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._own = random_state()
+            set_random_state(self._outer)
+
+
 def random_state() -> dict[str, Any]:
     """The state of every generator that training may draw from, as tensors and plain data."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
