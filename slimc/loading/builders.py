@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
 import os
 import random
 import re
@@ -98,8 +99,6 @@ def construct_torchvision(name: str, **options: Any) -> nn.Module:
 
 
 def _parameters(models: Any, name: str) -> Sequence[str]:
-    import inspect
-
     return tuple(inspect.signature(models.get_model_builder(name)).parameters)
 
 

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from slimc.planner import METRIC
 from slimc.training.network import Alive
 from slimc.training.phase import Phase
 from slimc.training.run import Run
@@ -43,10 +44,8 @@ def lottery(run: Run, *, fraction: float = 0.2) -> Iterator[Phase]:
 def rounds(run: Run, fraction: float) -> int:
     """How many rounds reach the budget: a channel costs its writers and its readers, so costs fall with the square."""
     whole = run.analysis.full
-    from slimc.planner import METRIC
-
     shares = [limit / float(getattr(whole, METRIC[metric])) for metric, limit in run.options.limits.items()]
-    return max(1, math.ceil(math.log(min(*shares, 1.0, 1.0)) / (2 * math.log(1 - fraction))))
+    return max(1, math.ceil(math.log(min([*shares, 1.0])) / (2 * math.log(1 - fraction))))
 
 
 def _weakest(run: Run, fraction: float, last: bool) -> Alive:
