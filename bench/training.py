@@ -30,12 +30,13 @@ from bench.fashion import EPOCHS, NETWORKS, Fashion, trained
 from bench.page import RESULTS, header, processor
 from bench.peer_cut import macs, pruner_of, shrink
 from slimc.graph.capture import Example
+from slimc.random_state import kept_random_state
 from slimc.samples import batch_of
 from slimc.training.feeds import Arrays
 from slimc.training.layout import arrange
 from slimc.training.loop import Hooks, Loop, evaluate
 from slimc.training.recipe import Recipe
-from slimc.training.stream import Stream, kept_random_state
+from slimc.training.stream import Stream
 
 ROWS, RUNS = RESULTS / "training.jsonl", Path(__file__).parent / "checkpoints" / "runs"
 KEY = ("network", "seed", "budget", "method", "epochs")

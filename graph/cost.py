@@ -194,10 +194,10 @@ def _storage(node: Node, base: dict[Node, Node]) -> Node:
     source: Any = node.args[0] if node.args else None
     if not isinstance(source, Node) or source not in base:
         return node
-    before, after = source.meta["val"], node.meta["val"]
-    if isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype != after.dtype:
-        return node  # a cast, whatever its name
-    if operator_name(node) in ("getitem", *_PASSES):
+    name = operator_name(node)
+    if name == "to" and source.meta["val"].dtype != node.meta["val"].dtype:
+        return node
+    if name in ("getitem", *_PASSES):
         return base[source]
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else []
     return base[source] if returns and returns[0].alias_info is not None else node

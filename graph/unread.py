@@ -13,52 +13,59 @@ import numpy as np
 from torch.fx import Node
 
 from .rule import INFER, operator_name
-from .terms import Terms
 
 if TYPE_CHECKING:
     from .infer import Inference
+    from .terms import Terms
 
-PASSING = ("getitem", "unsqueeze", "squeeze", "expand", "to", "_to_copy", "contiguous", "clone", "alias", "detach")
-"""Operators beside slices and splits that hand on an axis as it is."""
+
+_TYPED_LIKE = ("to", "type_as")
+"""Their second operand gives a type only."""
 
 
 def keep_unread(walk: Inference) -> None:
-    """Freeze, in each parameter and buffer that is read through slices only, the indices that none of them reads."""
-    read: dict[str, list[Terms]] = {}
-    sliced: dict[str, Node] = {}
+    """Freeze what slices leave out of values that are made of parameters and buffers alone, unless it is read."""
+    tables = _made_of_parameters(walk)
+    slices = [node for node in walk.module.graph.nodes if _is_slice(node) and node.args[0] in tables]
+    dropped = [(node, np.setdiff1d(_terms(walk, node.args[0]), _terms(walk, node))) for node in slices]
+    if not any(terms.size for _, terms in dropped):
+        return
+    read = np.concatenate([walk.store.frozen(1), *(_read(walk, node, tables) for node in walk.module.graph.nodes)])
+    for node, terms in dropped:
+        unread = np.setdiff1d(terms, read)
+        if unread.size:
+            walk.freeze(node, unread, "beyond the example; a larger input may read it", "structure")
+
+
+def _made_of_parameters(walk: Inference) -> set[Node]:
+    """Parameters, buffers, and what is computed from these alone, or from nothing."""
+    found: set[Node] = set()
     for node in walk.module.graph.nodes:
-        name = walk.tensor_name(node)
-        if name is None:
-            continue
-        found, slices = _read_terms(walk, node)
-        read.setdefault(name, []).extend(found)
-        if slices:
-            sliced.setdefault(name, slices[0])
-    for name, node in sliced.items():
-        known = np.concatenate([walk.store.frozen(1), *read[name]])
-        for axis in walk.made(name):
-            unread = axis[~np.isin(axis, known)]
-            if unread.size:
-                walk.freeze(node, unread, "beyond the example; a larger input may read it", "structure")
+        operands = node.all_input_nodes[: 1 if operator_name(node) in _TYPED_LIKE else None]
+        sources = [source for source in operands if walk.value(source) is not None]
+        is_tensor = node.op == "call_function" and walk.value(node) is not None
+        if node.op == "get_attr" or (is_tensor and found.issuperset(sources)):
+            found.add(node)
+    return found
 
 
-def _read_terms(walk: Inference, tensor: Node) -> tuple[list[Terms], list[Node]]:
-    """The axes of a tensor as its readers see them, and the slices that they see it through."""
-    found: list[Terms] = []
-    slices: list[Node] = []
-    queue = [tensor]
-    while queue:
-        source = queue.pop()
-        for user in source.users:
-            if _is_slice(user):
-                slices.append(user)
-            elif operator_name(user) not in PASSING:
-                found.extend(walk.axes(source))
-                continue
-            queue.append(user)
-    return found, slices
+def _read(walk: Inference, node: Node, tables: set[Node]) -> Terms:
+    """The terms of tables that a node reads: those that it does not hand on to another table."""
+    if _is_slice(node) or (node.op != "output" and walk.value(node) is None):  # as an assertion about a type
+        return walk.store.frozen(0)
+    seen = [_terms(walk, source) for source in node.all_input_nodes if source in tables]
+    terms = np.concatenate([walk.store.frozen(0), *seen])
+    return np.setdiff1d(terms, _terms(walk, node)) if node in tables else terms
+
+
+def _terms(walk: Inference, node: object) -> Terms:
+    """All terms of a value, frozen ones too."""
+    from .infer import tensors_of
+
+    assert isinstance(node, Node)
+    return np.concatenate([walk.store.frozen(0), *(axis for axes in tensors_of(walk.value(node)) for axis in axes)])
 
 
 def _is_slice(node: Node) -> bool:
-    # The rule of slices and splits, by whatever names it has registered itself.
-    return INFER.get(operator_name(node)) is INFER["slice"]
+    # The rule of slices and splits, by whatever names it has registered itself; and taking one of several pieces.
+    return node.op == "call_function" and INFER.get(operator_name(node)) in (INFER["slice"], INFER["getitem"])

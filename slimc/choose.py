@@ -147,8 +147,13 @@ def check_pace(analysis: Analysis, how: How) -> None:
     """UnreachableTarget where even the smallest cut is too slow, before anything slow is done to find scores."""
     if how.pace is not None:
         smallest = planner.least(analysis.grouping, how.pace.cost, how.alignment, how.may_relax, how.ignored)
-        alive = np.ones(analysis.types.solution.variables, np.bool_)
-        how.pace.check(_time(smallest.costs), _remove(analysis, alive, analysis.grouping, smallest))
+        how.pace.check(_time(smallest.costs), cut_of(analysis, smallest))
+
+
+def cut_of(analysis: Analysis, choice: planner.Choice) -> Cut:
+    """What a choice among all channels of a model removes."""
+    alive = np.ones(analysis.types.solution.variables, np.bool_)
+    return _remove(analysis, alive, analysis.grouping, choice)
 
 
 def _least(analysis: Analysis, grouping: Grouping, how: How, kept_whole: Sequence[int]) -> float:

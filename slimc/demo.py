@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimc.errors import UsageError
+from slimc.random_state import kept_random_state, seed_all
 from slimc.training.loop import Epoch, fit
 from slimc.training.recipe import Recipe
-from slimc.training.stream import kept_random_state, seed_all
 
 if TYPE_CHECKING:
     from slimc.result import Compressed

@@ -67,7 +67,7 @@ def warnings_of(analysis: Analysis, own: eager.Eager) -> list[str]:
     if own.reason:
         warnings.append(f"the result is the graph as a module, not {type(analysis.model).__name__}: {own.reason}")
     if own.module is not None:
-        fault = eager.training_fault(own.module, analysis.model, analysis.captured.example)
+        fault = eager.training_fault(own.module, analysis.model, analysis.types)
         if fault:
             warnings.append(
                 f"{type(own.module).__name__} no longer runs in training mode: layers that only training uses keep "

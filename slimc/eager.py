@@ -8,6 +8,7 @@ module is accepted only if it then computes what the rewritten graph computes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,12 +26,14 @@ from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut, Resizing
 from .graph.rule import arguments
 from .graph.stateless import buffers_kept, modes_kept
+from .random_state import kept_random_state, seed_all
 from .rewrite import Rewritten
 
 Attributes = dict[str, dict[str, Any]]
 """New values of integer (or tuple of integer) attributes, by module path and attribute name."""
 
 _TOLERANCE = 1e-4
+_TRIES, _TRAINING = 4, 1
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,34 @@ def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str
     return None
 
 
-def training_fault(small: nn.Module, model: nn.Module, example: Example) -> str | None:
+def training_fault(small: nn.Module, model: nn.Module, types: Types) -> str | None:
     """Why a smaller module does not run in training mode although the model does, as where an auxiliary head keeps its
     size; None where it does run, or neither does."""
-    fault = _training_error(small, example)
-    return None if fault is None or _training_error(model, example) else fault
-
-
-def _training_error(model: nn.Module, example: Example) -> str | None:
-    try:
-        with torch.no_grad(), torch.random.fork_rng(), modes_kept(model, training=True):
-            _outputs(model, example)
-    except Exception as error:
-        return _said(error)
+    example, used = types.captured.example, set(_names(types))
+    has_more = any(name not in used for name, _ in model.named_parameters())
+    for seed in range(_TRIES if has_more else 1):  # what training runs may be drawn
+        try:
+            _trained_once(small, example, seed)
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                _trained_once(model, example, seed)
+                return _said(error)
     return None
+
+
+def outputs_differ(model: nn.Module, example: Example) -> bool:
+    """Whether a model that runs in training mode returns other kinds of outputs there than at inference."""
+    with torch.no_grad(), modes_kept(model, training=False), buffers_kept(model):
+        plain = pytree.tree_structure(example.map(torch.clone).run(model))
+    return bool(plain != pytree.tree_structure(_trained_once(model, example, 0)))
+
+
+def _trained_once(model: nn.Module, example: Example, seed: int) -> Any:
+    """Outputs in training mode, of a copy: attributes may be moved too, which nobody can put back."""
+    ours = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    with torch.no_grad(), kept_random_state():
+        seed_all(seed, _TRAINING)
+        return example.map(torch.clone).run(ours.train())
 
 
 def _said(error: Exception) -> str:

@@ -55,7 +55,10 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
 def first_output(outputs: Any) -> Tensor:
     """The first floating-point tensor of whatever a model returns."""
     leaves = (leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    return next(leaves)
+    first = next(leaves, None)
+    if first is None:
+        raise UsageError(f"the model has no floating-point output; {_GIVE}")
+    return first
 
 
 def output_shape(types: Types) -> tuple[int, ...]:

@@ -79,10 +79,10 @@ def check_reachable(
     round_to: int,
     may_relax: bool,
     ignored: Sequence[int] = (),
-) -> None:
-    """Raise what `plan` would, before anything slow is done to find scores."""
+) -> int:
+    """The alignment that can be reached; raises what `plan` would, before anything slow is done to find scores."""
     nothing = [np.zeros(group.width) for group in grouping.groups]
-    _search(grouping, cost, nothing, limits, round_to, may_relax, frozenset(ignored), None)
+    return _search(grouping, cost, nothing, limits, round_to, may_relax, frozenset(ignored), None).round_to
 
 
 def least(grouping: Grouping, cost: CostOf, round_to: int, may_relax: bool, ignored: Sequence[int]) -> Choice:

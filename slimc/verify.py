@@ -38,6 +38,7 @@ _PLAIN_MOVE = 1e-3
 """A move as large as this shows in float32 too, in which convolutions are several times as fast."""
 _VIDEO = 5
 """Axes of a batch of videos."""
+_NEAR_ZERO = 1e-2
 _LATER = object()
 """Stands for a tensor of the model that no node has used yet."""
 
@@ -354,9 +355,9 @@ def _distance(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 def _redrawn(module: GraphModule, seed: int) -> Read:
-    """Other values for every parameter: near the old ones in scale, and never near zero all over.
+    """Other values for every parameter: of its own where these differ, since they are in the model's domain.
 
-    One that has no negative values gets none, as it may stand under a root or a logarithm.
+    Those that are near zero all over, or all equal, are drawn from a normal distribution, of the same sign.
     """
     drawn: dict[int, Tensor] = {}
 
@@ -369,8 +370,12 @@ def _redrawn(module: GraphModule, seed: int) -> Read:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
             fan_in = max(1, tensor[0].numel()) if tensor.dim() > 1 else 1
             other = noise * (fan_in**-0.5) if tensor.dim() > 1 else 0.5 + 0.25 * noise
-            is_positive = bool((tensor >= 0).all() and (tensor > 0).any())
-            drawn[id(tensor)] = other.abs() if is_positive else other
+            values = tensor.detach().flatten()
+            if values.numel() and float(values.abs().max()) > _NEAR_ZERO:
+                alike = bool((values == values[0]).all())
+                places = torch.randint(values.numel(), tensor.shape, generator=generator)
+                other = other.abs() * values[0].sign() if alike else values[places.to(values.device)].double()
+            drawn[id(tensor)] = other
         return drawn[id(tensor)]
 
     return read

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slimc
 from slimc.demo import ResidualBlock
+from slimc.random_state import kept_random_state, seed_all
 from slimc.training.run import Run
 from slimc.training.schedule import schedules
-from slimc.training.stream import kept_random_state, seed_all
 
 METHODS = sorted(schedules())
 BRIEF: dict[str, dict[str, Any]] = {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import slimc
 from slimc.errors import PlanError, UsageError, VerificationError
+from slimc.random_state import random_state
 
 
 class Recurrent(nn.Module):
@@ -197,11 +201,23 @@ def test_inputs_and_structures_that_were_once_taken_for_faults(name: str) -> Non
     assert slim.report.params.share <= 0.7
 
 
+READ: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "sliced": lambda table, n: table[:, :n],
+    "cast": lambda table, n: table.to(torch.float32)[:, :n],
+    "split": lambda table, n: torch.split(table, n, 1)[0],
+    "scaled": lambda table, n: (0.5 * table)[:, :n],
+    "a layer's": lambda table, n: nn.functional.linear(table, torch.eye(24))[:, :n],
+    "normalised": lambda table, n: nn.functional.layer_norm(table, (24,))[:, :n],
+    "reshaped": lambda table, n: table.reshape(-1, 24)[:n],
+}
+
+
 class Positions(nn.Module):
     """Reads as many rows of its tables as the input is long."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Tensor, int], Tensor]) -> None:
         super().__init__()
+        self.read = read
         self.a, self.b, self.h = nn.Linear(8, 24), nn.Linear(24, 24), nn.Linear(24, 4)
         self.places = nn.Parameter(torch.randn(1, 40, 24))
         self.register_buffer("mask", torch.ones(40, 40).tril())
@@ -209,18 +225,20 @@ class Positions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
-        y = self.a(x) + self.places[:, :n]
+        y = self.a(x) + self.read(self.places, n)
         weights = (y @ y.mT).masked_fill(self.mask[:n][:, :n] == 0, -torch.inf).softmax(-1)
         return self.h(torch.relu(self.b(weights @ y)))  # type: ignore[no-any-return]
 
 
-def test_rows_of_a_table_beyond_the_example_stay() -> None:
+@pytest.mark.parametrize("name", READ)
+def test_rows_of_a_table_beyond_the_example_stay(name: str) -> None:
     torch.manual_seed(0)
-    slim = slimc.compress(Positions().eval(), torch.randn(2, 10, 8), params=0.4, round_to=1, recover="none")
-    assert isinstance(slim.module, Positions)
-    assert slim.module.places.shape[1] == 40
-    assert slim.module.mask.shape == (40, 40)
-    assert slim.module(torch.randn(2, 40, 8)).shape == (2, 40, 4)
+    slim = slimc.compress(Positions(READ[name]).eval(), torch.randn(2, 10, 8), params=0.7, round_to=1, recover="none")
+    found = dict([*slim.module.named_parameters(), *slim.module.named_buffers()])
+    assert found["places"].shape[1] == 40
+    assert found["mask"].shape == (40, 40)
+    if isinstance(slim.module, Positions):
+        assert slim.module(torch.randn(2, 40, 8)).shape == (2, 40, 4)
     reasons = {cause.reason for cause in slim.analysis.types.store.causes}
     assert "beyond the example; a larger input may read it" in reasons
 
@@ -266,6 +284,71 @@ def test_a_head_that_only_training_uses_is_told_of_and_trained_without() -> None
     assert type(trained.module) is Deep
     assert trained.module.training
     assert any("without the layers that only training uses" in warning for warning in trained.report.warnings)
+
+
+class Itself(nn.Module):
+    """Counts its steps, draws by Python and numpy, and looks other in training by a `train` of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.h = nn.Linear(8, 24), nn.Linear(24, 24), nn.Linear(24, 4)
+        self.share, self.steps = 1.0, 0
+
+    def train(self, mode: bool = True) -> Itself:
+        super().train(mode)
+        self.share = 0.5 if mode else 1.0
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1 + round(random.random() + np.random.uniform())
+        return self.h(torch.relu(self.b(torch.relu(self.a(x)) * self.share)))  # type: ignore[no-any-return]
+
+
+def test_looking_at_training_mode_leaves_no_trace() -> None:
+    model, x = Itself().eval(), torch.randn(2, 8)
+    before = random_state()
+    slim = slimc.compress(model, x, flops=0.5, round_to=1, recover="none")
+    after = random_state()
+    assert after["python"] == before["python"]
+    assert torch.equal(after["numpy"][1], before["numpy"][1])
+    assert torch.equal(after["torch"], before["torch"])
+    for module in (model, slim.module):
+        assert isinstance(module, Itself)
+        assert (module.share, module.steps, module.training) == (1.0, 0, False)
+    assert torch.equal(slim.module(x), slim.graph(x))
+
+
+class Sometimes(Deep):
+    """Uses its head in half of all steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        out: Tensor = self.h(torch.relu(self.b(y)).mean((2, 3)))
+        return out + self.side(y.mean((2, 3))) if self.training and torch.rand(()) < 0.5 else out
+
+
+class Twofold(Deep):
+    """Returns what its head gives as well."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.relu(self.a(x))
+        out = self.h(torch.relu(self.b(y)).mean((2, 3)))
+        return (out, self.side(y.mean((2, 3)))) if self.training else out
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "tick-tock", "iterative"])
+def test_a_head_that_is_used_now_and_then_is_seen_before_training(schedule: str) -> None:
+    data = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(3)]
+    options: dict[str, Any] = {"flops": 0.3, "round_to": 1, "data": data, "epochs": 2}
+    run = slimc.schedule(schedule, Sometimes(), data[0][0], **options)
+    assert {type(phase.module).__name__ for phase in run} == {"SlimGraph"}
+    assert type(run.result.module) is Sometimes
+    with pytest.raises(UsageError, match="features= needs Sometimes itself"):
+        slimc.schedule(schedule, Sometimes(), data[0][0], recipe=slimc.Recipe(features=1.0), **options)
+    assert slimc.schedule(schedule, Twofold(), data[0][0], **options).result
+    with pytest.raises(UsageError, match="Twofold returns more in training"):
+        slimc.schedule(schedule, Twofold(), data[0][0], loss=lambda outputs, targets: outputs[0].sum(), **options)
 
 
 def test_lazy_modules_that_have_not_run_are_named(tmp_path: Path) -> None:

@@ -193,6 +193,17 @@ def test_cuts_of_a_share_of_all_channels_end_with_multiples(name: str, settings:
     assert kept[60] % 8 == 0
 
 
+@pytest.mark.parametrize(("name", "settings"), [("lottery", {"fraction": 0.3}), ("tick-tock", {"fraction": 0.3})])
+def test_cuts_of_a_share_go_as_far_as_the_alignment_that_can_be_reached(
+    name: str, settings: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimc.exporters.machine.preferred_alignment", lambda: 16)
+    run = begin(name, seeded(Wide), flops=0.1, settings=settings, round_to="auto")
+    widths = [run.network.widths.tolist() for phase in run if phase.name != "finetune"]
+    assert max(widths[-1]) < 16  # and not all at once in the last step
+    assert run.share <= 0.1
+
+
 # -- what users froze ----------------------------------------------------------------------------------
 
 
@@ -212,6 +223,25 @@ def test_frozen_parameters_are_not_changed_by_gates_generators_and_merging(name:
     assert torch.equal(slim.module.bn2.bias, model.bn2.bias)
     if name != "csgd":  # there its columns are summed
         assert torch.equal(slim.module.b.weight, model.b.weight[:, kept])
+
+
+def test_frozen_parameters_are_ranked_by_what_trains_on_heads_all_the_same() -> None:
+    model: Any = seeded(Plain)
+    model.b.weight.requires_grad_(False)
+    run = begin("dcp", model, flops=0.6)
+    assert run.share <= 0.6 or run.result.report.macs.share <= 0.6
+    assert not run.network.module.b.weight.requires_grad  # type: ignore[union-attr]
+
+
+def test_frozen_norms_are_named_where_they_are_in_the_way() -> None:
+    model: Any = seeded(Plain)
+    for norm in (model.bn1, model.bn2):
+        norm.weight.requires_grad_(False)
+        norm.bias.requires_grad_(False)
+    with pytest.raises(UnreachableTarget, match=r"frozen parameters make \(requires_grad is off\) stay"):
+        _ = begin("tick-tock", model).result
+    with pytest.raises(UsageError, match="batch norms that scale and train"):
+        _ = begin("slimming", model).result
 
 
 def test_filters_that_are_equal_are_cut_as_far_as_the_budget_asks_and_no_further() -> None:

@@ -13,11 +13,12 @@ import slimc
 from slimc.demo import SIDE, Digits, DigitsNet, digits, trained_digits_net
 from slimc.errors import UsageError
 from slimc.graph.capture import Example, capture
+from slimc.random_state import kept_random_state, random_state, seed_all
 from slimc.samples import Batch, batch_of
 from slimc.training.layout import layout
 from slimc.training.loop import Epoch, Loop, evaluate, fit
 from slimc.training.recipe import Recipe, default_rate, factor, parameter_groups
-from slimc.training.stream import Stream, kept_random_state, random_state, seed_all
+from slimc.training.stream import Stream
 
 LIKE = torch.zeros(2, 4)
 PLAIN = Recipe(rate=0.1, precision="float32")

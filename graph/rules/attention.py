@@ -17,6 +17,7 @@ from slimc.graph.resize import Resizing
 from slimc.graph.rule import Axes, arguments, counts, infers, resizes, set_argument
 from slimc.graph.terms import Terms
 
+from .contraction import wider
 from .elementwise import broadcast
 
 
@@ -68,5 +69,8 @@ def attention_macs(walk: Inference, node: Node) -> list[tuple[float, Sequence[Te
     """Scores take L x S x E, their use L x S x Ev, for each head; whichever operand broadcasts."""
     call = arguments(node)
     query, key, value = (walk.axes(call[name]) for name in ("query", "key", "value"))
-    rows = walk.axes(node)[:-1]
-    return [(1.0, [*rows, key[-2], query[-1]]), (1.0, [*rows, value[-2], value[-1]])]
+    scores = wider(query[:-2], key[:-2])
+    return [
+        (1.0, [*scores, query[-2], key[-2], query[-1]]),
+        (1.0, [*walk.axes(node)[:-1], value[-2], value[-1]]),
+    ]

@@ -59,7 +59,7 @@ def matmul(walk: Inference, node: Node) -> Axes:
 def matmul_macs(walk: Inference, node: Node) -> Products:
     """m times k times n for each matrix."""
     left, right = walk.axes(node.args[0]), walk.axes(node.args[1])
-    batch = _wider(left[:-2], right[:-2])
+    batch = wider(left[:-2], right[:-2])
     return [(1.0, [*batch, *left[-2:], *(right[-1:] if len(right) > 1 else ())])]
 
 
@@ -79,7 +79,8 @@ def addmm_macs(walk: Inference, node: Node) -> Products:
     return [(1.0, [*left, right[-1]])]
 
 
-def _wider(left: Axes, right: Axes) -> list[Terms]:
+def wider(left: Axes, right: Axes) -> list[Terms]:
+    """The axes of two operands that broadcast, as far as sizes go."""
     rank = max(len(left), len(right))
     pairs = [[axes[i] for axes in (left, right) if len(axes) >= -i] for i in range(-rank, 0)]
     return [max(pair, key=len) for pair in pairs]

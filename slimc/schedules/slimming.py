@@ -28,8 +28,9 @@ def slimming(run: Run, *, penalty: float = 1e-4, finetune: float = 0.5) -> Itera
     demand(0, 1, finetune=finetune)
     norms = tuple(place for place in run.network.places if place.norm)
     if not norms:
-        raise UsageError("--schedule slimming needs batch norms that scale; this network has none. Take tick-tock")
-
+        raise UsageError(
+            "--schedule slimming needs batch norms that scale and train; this network has none. Take group-sparsity"
+        )
     lifts.check_reachable(run.network, norms, run.selection)
 
     def add() -> None:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimc import compiler, planner, recover, scores
+from slimc import compiler, eager, planner, recover, scores
 from slimc.analysis import Analysis, Progress, Stages, analyse
 from slimc.budget import Target
+from slimc.choose import cut_of
 from slimc.describe import facts_of, results_of
 from slimc.errors import UsageError
 from slimc.losses import output_shape
 from slimc.plan import weights_sha256
 from slimc.report import Accuracy, Method, Training
 from slimc.result import Compressed
+from slimc.rewrite import rewrite
 
 from . import schedule as registry
 from .folder import RunFolder
@@ -105,13 +107,17 @@ def schedule(
     )
     with stages.stage("data"):
         _check_data(analysis, data, val, test, loss, metric)
+    with stages.stage("rewrite"):
+        as_graph = _trains_as_graph(analysis, round_to == "auto", alignment, ignored, recipe or Recipe(), loss)
+    if as_graph:
+        notes.append("trained without the layers that only training uses, since these keep their sizes")
     about = {
         "model": weights_sha256(model), "schedule": name, "targets": {t.metric: t.text for t in targets},
         "epochs": epochs, "settings": own, "scorer": scorer, "recover": list(mend), "round_to": str(round_to),
         "seed": seed, "recipe": vars(recipe or Recipe()), "ignore": list(ignore), "data": data_name,
     }  # fmt: skip
     options = Options(
-        limits, epochs, recipe or Recipe(), scorer, alignment, round_to == "auto", mend, ignored, seed, own
+        limits, epochs, recipe or Recipe(), scorer, alignment, round_to == "auto", mend, ignored, seed, own, as_graph
     )
 
     def finish(run: Run) -> Compressed:
@@ -138,6 +144,29 @@ def _check_data(
     for source, batches, own in parts:
         if batches is not None and not isinstance(batches, Iterator):
             check_first(batches, analysis.captured.example, None if own else output_shape(analysis.types), source)
+
+
+def _trains_as_graph(
+    analysis: Analysis, may_relax: bool, alignment: int, ignored: Sequence[int], recipe: Recipe, loss: Loss | None
+) -> bool:
+    """Whether the user's class, cut as far as can be, runs at inference only: then the graph is trained from the start.
+
+    Raises UsageError where what is asked for needs the class.
+    """
+    model, example = analysis.model, analysis.captured.example
+    cut = cut_of(analysis, planner.least(analysis.grouping, analysis.cost, alignment, may_relax, ignored))
+    if cut.alive.all():
+        return False
+    own = eager.build(model, analysis.types, cut, rewrite(analysis.types, cut), example)
+    fault = None if own.module is None else eager.training_fault(own.module, model, analysis.types)
+    if recipe.features and (own.reason or fault):
+        raise UsageError(f"features= needs {type(model).__name__} itself, and cut it is a graph: {own.reason or fault}")
+    if fault and loss is not None and eager.outputs_differ(model, example):
+        raise UsageError(
+            f"{type(model).__name__} returns more in training than at inference, and cut it can't: {fault}. Switch its "
+            "auxiliary heads off, and give a loss= for what it returns at inference"
+        )
+    return fault is not None
 
 
 def _mending(method: registry.Schedule, wanted: str | Sequence[str], data: Iterable[Any] | None) -> tuple[str, ...]:
@@ -177,8 +206,6 @@ def _compressed(
         f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"
         for place, moved in network.clipped.items()
     ]
-    if network.fault:
-        warnings.append("trained without the layers that only training uses, since these keep their sizes")
     with _trained(analysis, network):
         slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
     settings = {key: str(value) for key, value in options.settings.items()}

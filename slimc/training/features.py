@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional
 
 from slimc.errors import UsageError
@@ -28,11 +29,13 @@ class Features:
         self._caught: dict[tuple[bool, str], Tensor] = {}
         self._kept: dict[str, tuple[int, Tensor]] = {}
         self._hooks: list[Any] = []
+        if isinstance(network.module, GraphModule):
+            raise UsageError("features= needs the user's own class, and this network is a graph; leave it at 0")
         teacher, cut = network.analysis.model, network.cut_so_far
         for path, (norm, axis) in last_places(network).items():
             rank = channel_axis(teacher, path, norm)
             for trained, owner in ((False, teacher), (True, network.module)):
-                module = _module(owner, path)
+                module = owner.get_submodule(path)
                 self._hooks.append(module.register_forward_hook(self._catch(trained, path)))
             self._kept[path] = rank, cut.indices(axis)
         if not self._kept:
@@ -88,10 +91,3 @@ def last_places(network: Network) -> dict[str, tuple[bool, Any]]:
 def channel_axis(owner: nn.Module, path: str, norm: bool) -> int:
     """Which axis of what the module gives holds its channels."""
     return 1 if norm or isinstance(owner.get_submodule(path), nn.modules.conv._ConvNd) else -1
-
-
-def _module(owner: nn.Module, path: str) -> nn.Module:
-    found = owner.get_submodule(path)
-    if type(found) is nn.Module:
-        raise UsageError("features= needs the user's own class, and this network came back as a graph; leave it at 0")
-    return found

@@ -90,6 +90,9 @@ class Heads:
         """
         named = dict(self._owner.named_parameters())
         chosen = {name: named[name] for name in names}
+        frozen = [parameter for parameter in chosen.values() if not parameter.requires_grad]
+        for parameter in frozen:  # what a channel matters does not hang on what trains
+            parameter.requires_grad_(True)
         total = {name: torch.zeros_like(parameter) for name, parameter in chosen.items()}
         count = 0
         for batch in batches:
@@ -106,6 +109,8 @@ class Heads:
                     if gradient is not None:
                         total[name] += gradient * batch.count
                         del left[name]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         return {name: gradient / count for name, gradient in total.items()}
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from slimc.errors import UnreachableTarget
 from slimc.scores import Scores
 
 from .gates import Place
@@ -44,7 +45,12 @@ def summed(network: Network, found: tuple[Place, ...], values: Mapping[str, Tens
 
 def check_reachable(network: Network, found: tuple[Place, ...], selection: Selection) -> None:
     """UnreachableTarget where the budget cannot be met by cutting only what has a place; before anything is trained."""
-    selection.choose(summed(network, found, zeros(network, found)))
+    try:
+        selection.choose(summed(network, found, zeros(network, found)))
+    except UnreachableTarget as error:
+        if all(tensor.requires_grad for tensor in network.analysis.model.parameters()):
+            raise
+        raise UnreachableTarget(f"{error} Channels that frozen parameters make (requires_grad is off) stay.") from None
 
 
 def members(network: Network, found: tuple[Place, ...]) -> list[int]:

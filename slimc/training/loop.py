@@ -19,13 +19,14 @@ from slimc.graph.capture import Example
 from slimc.graph.stateless import modes_kept
 from slimc.losses import check_labels, first_output, scalar
 from slimc.onednn import Guard
+from slimc.random_state import kept_random_state
 from slimc.samples import Batch, batch_of, check_finite
 
 from . import workers
 from .features import Features
 from .layout import layout
 from .recipe import Recipe, build, factor
-from .stream import Stream, kept_random_state
+from .stream import Stream
 
 Loss = Callable[[Any, Any], Tensor]
 """Takes the model's outputs and the targets of a batch, gives the mean over its samples."""

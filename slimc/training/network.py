@@ -43,12 +43,12 @@ class Network:
     analysis: the model as it was given. alive: [variables] which channels are left. module: the user's class (or the
     graph, where that cannot take the sizes) with those channels, to be trained in place.
     optimiser: what the last phase's optimiser remembered; cut along with the weights. heads: auxiliary ones, on the
-    module as it is between two cuts. generator: makes weights for other widths, before anything is cut. fault: why the
-    user's class, although it takes the sizes, is not what is trained.
+    module as it is between two cuts. generator: makes weights for other widths, before anything is cut. as_graph: the
+    module is the graph although the class takes the sizes.
     """
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.analysis = analysis
+    def __init__(self, analysis: Analysis, *, as_graph: bool = False) -> None:
+        self.analysis, self._as_graph = analysis, as_graph
         self.alive: Alive = np.ones(analysis.types.solution.variables, np.bool_)
         self.optimiser: States = {}
         self.heads: Heads | None = None
@@ -56,7 +56,6 @@ class Network:
         self._head_classes = 0
         self.generator: Generator | None = None
         self.clipped: dict[str, float] = {}
-        self.fault: str | None = None
         self.places = gates.trained(analysis.types, gates.places(analysis.types))
         self.gated = False
         self._module: nn.Module | None = None
@@ -245,9 +244,7 @@ class Network:
             rewritten = rewrite(analysis.types, cut, None if tensors is None else self._named(tensors))
             own = eager.build(analysis.model, analysis.types, cut, rewritten, analysis.captured.example)
         self._rewritten = rewritten
-        if own.module is not None:
-            self.fault = eager.training_fault(own.module, analysis.model, analysis.captured.example)
-        if own.module is None or self.fault:
+        if own.module is None or self._as_graph:
             self._module = trainable(rewritten.module).train(analysis.modes[""])
         else:
             self._module = own.module

@@ -14,7 +14,8 @@ class Options:
     """What a user asks of a run.
 
     limits: metric to the largest value allowed. mend: recovery steps after every cut; none as the method was
-    published. ignored: groups that stay whole.
+    published. ignored: groups that stay whole. as_graph: whether the graph is trained instead of the user's
+    class.
     """
 
     limits: Mapping[str, float]
@@ -27,3 +28,4 @@ class Options:
     ignored: tuple[int, ...] = ()
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    as_graph: bool = False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slimc import recover, scores
 from slimc.analysis import Analysis, Stages
 from slimc.errors import UsageError
+from slimc.random_state import OwnRandomState, kept_random_state, random_state, seed_all
 from slimc.recover import Task
 from slimc.report import TrainingPoint
 from slimc.samples import Samples, affordable, batch_of, collect
@@ -32,7 +33,7 @@ from .phase import Phase, Trainer
 from .recipe import default_rate, has_layer_norms
 from .schedule import Schedule
 from .selection import Selection
-from .stream import OwnRandomState, Stream, kept_random_state, random_state, seed_all
+from .stream import Stream
 
 _SAVED_EVERY = 60.0
 _ROUNDING = 1e-9
@@ -67,7 +68,7 @@ class Run:
     ) -> None:
         self.schedule, self.analysis, self.options = schedule, analysis, options
         self.mend = options.mend if schedule.mends else ()
-        self.network = Network(analysis)
+        self.network = Network(analysis, as_graph=options.as_graph)
         self.selection = Selection(self.network, options.limits, options.round_to, options.may_relax, options.ignored)
         self.history: list[TrainingPoint] = []
         self.spent = 0.0

@@ -61,8 +61,12 @@ class Selection:
         """
         alive = self.network.alive.copy()
         candidates: list[tuple[float, int, int]] = []
-        whole = self.network.analysis.grouping
-        stays = np.maximum(planner.last_to_go(whole.widths), planner.steps(whole, self._round_to)).tolist()
+        analysis = self.network.analysis
+        whole = analysis.grouping
+        alignment = planner.check_reachable(
+            whole, analysis.cost, self.limits, round_to=self._round_to, may_relax=self._may_relax, ignored=self._ignored
+        )
+        stays = np.maximum(planner.last_to_go(whole.widths), planner.steps(whole, alignment)).tolist()
         for group, each, floor in zip(self.grouping().groups, members, stays, strict=True):
             own = total[group.variables]
             if group.number in self._ignored or np.isnan(own).any() or not each:

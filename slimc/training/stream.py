@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
-import numpy as np
 import torch
 
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
 from slimc.losses import check_labels
+from slimc.random_state import kept_random_state, seed_all, set_random_state
 from slimc.samples import Batch, batch_of, check_alike, check_finite
 
 from . import workers
@@ -92,71 +91,3 @@ def check_first(data: Iterable[Any], like: Example, output: tuple[int, ...] | No
     check_finite(batch, f"batch 1 of {source}")
     if output is not None:
         check_labels(batch.targets, batch.count, output, f"batch 1 of {source}")
-
-
-def seed_all(seed: int, epoch: int) -> None:
-    """Seed torch, numpy and Python from two numbers."""
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    torch.manual_seed(mixed)
-    np.random.seed(mixed)
-    random.seed(mixed)
-
-
-class kept_random_state:
-    """Puts torch's, numpy's and Python's random state back at the end."""
-
-    def __enter__(self) -> None:
-        self._state = random_state()
-
-    def __exit__(self, *_: object) -> None:
-        set_random_state(self._state)
-
-
-class OwnRandomState:
-    """Random numbers of a run's own inside of blocks, which may be nested; outside, the caller's are as they were."""
-
-    def __init__(self, seed: int, epoch: int) -> None:
-        self._start = seed, epoch
-        self._depth = 0
-        self._own: dict[str, Any] | None = None
-
-    def __enter__(self) -> None:
-        self._depth += 1
-        if self._depth > 1:
-            return
-        self._outer = random_state()
-        if self._own is None:
-            seed_all(*self._start)
-        else:
-            set_random_state(self._own)
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._own = random_state()
-            set_random_state(self._outer)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every generator that training may draw from, as tensors and plain data."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, numbers, following = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(numbers), following],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` gave."""
-    torch.set_rng_state(state["torch"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, following = state["python"]
-    random.setstate((version, tuple(numbers), following))
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
