@@ -15,8 +15,10 @@ from pathlib import Path
 
 from slimc.errors import OutputError
 
-# A folder that holds one of these came from slimc and may be replaced; any other folder is the user's.
-MARKERS = ("report.json", "plan.json")
+WRITTEN = (
+    "model.onnx", "model.onnx.data", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html",
+)  # fmt: skip
+"""What a result can hold: a folder of these alone may be replaced, any other one is the user's."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def check_writable(target: Path, overwrite: bool = False) -> None:
     folder = _nearest_folder(target)
     try:
         # Permission bits say little for root, on read-only mounts and on network drives: try it.
-        with tempfile.TemporaryDirectory(prefix=".slimc-", dir=folder):
+        with tempfile.TemporaryDirectory(prefix=_prefix(target), dir=folder):
             pass
     except OSError as error:
         raise OutputError(f"{target}: cannot write in {folder} ({error.strerror}). Choose another --out.") from error
@@ -120,14 +122,16 @@ def _nearest_folder(target: Path) -> Path:
 def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
+    if os.path.ismount(target):
+        raise OutputError(f"{target}: something is mounted there; choose a folder inside it as --out")
     if not target.is_dir():
         raise OutputError(f"{target}: is a file; --out names a folder")
     names = {path.name for path in target.iterdir()}
     if not names:
         return
-    if names.isdisjoint(MARKERS):
+    if strangers := sorted(names.difference(WRITTEN)):
         raise OutputError(
-            f"{target}: exists and was not written by slimc (it holds no {' or '.join(MARKERS)}), so it is left alone. "
+            f"{target}: holds what was not written by slimc ({', '.join(strangers[:3])}), so it is left alone. "
             "Choose another --out."
         )
     if not overwrite:
@@ -136,9 +140,13 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 
 def _temporary_folder(target: Path) -> Path:
     # Beside the target: a rename is atomic only within one file system.
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.slimc-", dir=target.parent))
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
     folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private, but it is about to become the result
     return folder
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.slimc-"
 
 
 def _umask() -> int:

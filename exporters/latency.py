@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,11 @@ from typing import Any
 from slimc.errors import LoadError, UsageError
 from slimc.exporters import child, fast_path, machine
 from slimc.exporters.fast_path import FastPath
-from slimc.exporters.paired import Outcome, Timing
+from slimc.exporters.paired import MIN_PAIRS, Outcome, Timing
 from slimc.exporters.session import CPU, CUDA, TENSORRT, NotMeasurable, Request
 
 PROVIDERS: Mapping[str, str] = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 
-# Fewer pairs than this cannot give a 95% interval of a median: all 5 on one side of it has a chance of 6%.
-_MIN_PAIRS = 6
 # One file against itself gave intervals without 1 in 5 of 30 tries, since two sessions place their memory
 # differently, but never one without 0.98 ... 1.02.
 _RESOLUTION = 0.02
@@ -63,7 +61,7 @@ class LatencyResult:
     @property
     def conclusive(self) -> bool:
         """Whether the two files differ: enough pairs, and an interval that leaves out 1 ± 2%."""
-        if self.ci95 is None or self.rounds < _MIN_PAIRS:
+        if self.ci95 is None or self.rounds < MIN_PAIRS:
             return False
         return self.ci95[0] > 1.0 + _RESOLUTION or self.ci95[1] < 1.0 - _RESOLUTION
 
@@ -83,6 +81,7 @@ def measure(
     budget_seconds: float = 10.0,
     precision: float = 0.02,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ranges: Sequence[tuple[int, int] | None] = (),
     seed: int = 0,
 ) -> LatencyResult:
     """Measure one file, or two in turn, in a fresh process on random inputs.
@@ -90,7 +89,8 @@ def measure(
     `provider` is cpu, cuda, tensorrt or ONNX Runtime's own name; one that is missing or falls back to another gives
     a result with `skipped`. `threads` None: the physical cores this process may use. `batch` None: 1, or what the
     file fixes. Ends when the interval is within ±`precision`, or after `budget_seconds` of running (loading comes
-    on top). `input_shapes` gives sizes to free axes other than the batch. Raises UsageError, LoadError.
+    on top; six pairs may take three times as long). `input_shapes` gives sizes to free axes other than the batch,
+    `ranges` the smallest and largest whole number of each input. Raises UsageError, LoadError.
     """
     runtime = _runtime()
     name = PROVIDERS.get(provider.lower(), provider)
@@ -104,6 +104,7 @@ def measure(
         budget_seconds=budget_seconds,
         precision=precision,
         shapes={name: list(shape) for name, shape in (input_shapes or {}).items()},
+        ranges=[None if ends is None else list(ends) for ends in ranges],
         seed=seed,
     )
     load = machine.load_average()
@@ -195,8 +196,8 @@ def _warnings(request: Request, outcome: Outcome, lost: tuple[str, ...]) -> tupl
     for path, share in zip(request.paths, outcome.tiny_weights, strict=True):
         if share > 0.01:
             found.append(
-                f"{path}: {share:.0%} of the weights are below 1e-30, so products with them are denormal numbers, "
-                "which are slow. They are flushed to zero here; deploy with session.set_denormal_as_zero=1."
+                f"{Path(path).name}: {share:.0%} of the weights are below 1e-30, so products with them are denormal "
+                "numbers, which are slow. They are flushed to zero here; deploy with session.set_denormal_as_zero=1."
             )
     if request.provider == CPU and not outcome.denormals_flushed:
         found.append("denormal numbers were not flushed to zero: tiny weights may slow one of the files")
@@ -208,7 +209,7 @@ def _warnings(request: Request, outcome: Outcome, lost: tuple[str, ...]) -> tupl
             f"{len(lost)} convolutions lost ONNX Runtime's fast path, which needs channels in multiples of 4: {shown}. "
             "Use --round-to auto."
         )
-    if len(request.paths) == 2 and outcome.rounds < _MIN_PAIRS:
+    if len(request.paths) == 2 and outcome.rounds < MIN_PAIRS:
         found.append(f"only {outcome.rounds} pairs fit into the time budget: too few to conclude anything")
     return tuple(found)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from slimc.exporters import child
-from slimc.exporters.session import CPU, Request, check_provider, feeds, profile, start
+from slimc.exporters.session import CPU, Request, check_provider, check_runs, feeds, profile, start
 
 PRODUCTS = frozenset(
     {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "TransposeMatMul", "Einsum",
@@ -43,9 +43,15 @@ class Operator:
     outputs: int
 
 
-def measure(path: Path, *, threads: int, budget_seconds: float = 3.0) -> tuple[Operator, ...]:
-    """The operators of a file on the CPU, batch 1 or what the file fixes. Raises UsageError, NotMeasurable."""
-    request = Request((str(path.resolve()),), CPU, threads, None, budget_seconds, 0.0, {}, 0)
+def measure(
+    path: Path, *, threads: int, budget_seconds: float = 3.0, ranges: Sequence[tuple[int, int] | None] = ()
+) -> tuple[Operator, ...]:
+    """The operators of a file on the CPU, batch 1 or what the file fixes. Raises UsageError, NotMeasurable.
+
+    ranges: as for `latency.measure`.
+    """
+    ends = [None if own is None else list(own) for own in ranges]
+    request = Request((str(path.resolve()),), CPU, threads, None, budget_seconds, 0.0, {}, 0, ends)
     return tuple(Operator(**found) for found in child.ask("slimc.exporters.operators", request))
 
 
@@ -57,7 +63,7 @@ def _measure(request: Request) -> list[dict[str, Any]]:
     path = request.paths[0]
     session = start(path, request, onnxruntime)
     feed = feeds([session], request)[0]
-    session.run(None, feed)
+    check_runs(path, session, feed)
     begun = time.perf_counter()
     session.run(None, feed)
     few, many = _CALLS

@@ -21,11 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimc.exporters import child, fast_path
-from slimc.exporters.session import CPU, NotMeasurable, Request, check_provider, feeds, profile, start
+from slimc.exporters.session import CPU, NotMeasurable, Request, check_provider, check_runs, feeds, profile, start
 
 _MIN_ROUNDS, _MAX_ROUNDS = 20, 5000
+MIN_PAIRS = 6
+"""Fewer pairs cannot give a 95% interval of a median: all 5 on one side of it has a chance of 6%."""
+_OVER = 3
+"""How many times the budget they may take."""
 _MIN_WARMUP = 3
 _REFILL_SECONDS = 0.01
+_LONG = 0.2
+"""A call of so many seconds fills the caches itself."""
 _TINY = 1e-30
 _RESAMPLES = 2000
 
@@ -75,7 +81,8 @@ def take_turns(
 ) -> list[list[list[float]]]:
     """Call the runs in turn, in random order within each round; returns their results, [round][run].
 
-    Ends when the interval of the median (of the ratio, for two) is within ±`precision` of it, or the budget is used.
+    Ends when the interval of the median (of the ratio, for two) is within ±`precision` of it, or the budget is used:
+    for two runs not before there are enough pairs for an interval, unless these take three times the budget.
     """
     start = clock()
     generator = np.random.default_rng(seed)
@@ -86,7 +93,8 @@ def take_turns(
         for index in generator.permutation(len(runs)):
             row[index] = runs[index]()
         results.append(row)
-        if clock() - start >= budget_seconds:
+        spent, enough = clock() - start, len(runs) < 2 or len(results) >= MIN_PAIRS
+        if spent >= budget_seconds * (1 if enough else _OVER):
             break
         if len(results) == next_check:
             if _precise(figures(results), precision):
@@ -110,6 +118,8 @@ def measure(request: Request) -> Outcome:
     flushed = denormals_flushed()
     fed = feeds(sessions, request)
     warnings = [note for path, feed in zip(request.paths, fed, strict=True) for note in _placement(path, feed, request)]
+    for path, session, feed in zip(request.paths, sessions, fed, strict=True):
+        check_runs(path, session, feed)
     runs = [_turn(session, feed) for session, feed in zip(sessions, fed, strict=True)]
     begun = time.perf_counter()
     warmup = _warm_up(runs, request.budget_seconds / 10)
@@ -130,7 +140,7 @@ def measure(request: Request) -> Outcome:
         warmup=warmup,
         timings=tuple(_timing(turns) for turns in zip(*results, strict=True)),
         speedup=float(np.median(figures(results))) if len(runs) == 2 else None,
-        interval=median_interval(figures(results)) if len(runs) == 2 else None,
+        interval=median_interval(figures(results)) if len(runs) == 2 and len(results) >= MIN_PAIRS else None,
         dtypes=tuple(dtype for dtype, _ in weights),
         denormals_flushed=flushed,
         tiny_weights=tuple(share for _, share in weights),
@@ -162,28 +172,32 @@ def _batch(feed: dict[str, NDArray[Any]]) -> int:
 def _turn(session: Any, feed: dict[str, NDArray[Any]]) -> Callable[[], list[float]]:
     """Return a function that has one turn: untimed runs for a while, then timed ones, in seconds."""
 
+    last = 0.0
+
     def turn() -> list[float]:
         # The other file's turn emptied the caches: without this, a small net after a big one seems 1.4 times slower
         # than it is when deployed alone.
+        nonlocal last
         untimed, end = 0, time.perf_counter() + _REFILL_SECONDS
-        while not untimed or time.perf_counter() < end:
+        while last < _LONG and (not untimed or time.perf_counter() < end):
             session.run(None, feed)
             untimed += 1
         timed = []
-        for _ in range(math.ceil(untimed / 2)):
+        for _ in range(max(1, math.ceil(untimed / 2))):
             start = time.perf_counter()
             session.run(None, feed)
             timed.append(time.perf_counter() - start)
+        last = timed[-1]
         return timed
 
     return turn
 
 
 def _warm_up(runs: Sequence[Callable[[], list[float]]], seconds: float) -> int:
-    """Take turns until `seconds` have passed, at least 3 rounds; returns the rounds."""
-    end = time.perf_counter() + seconds
+    """Take turns until `seconds` have passed; at least 3 rounds if these are not long, else one. Returns the rounds."""
+    begun = time.perf_counter()
     rounds = 0
-    while rounds < _MIN_WARMUP or time.perf_counter() < end:
+    while not rounds or time.perf_counter() - begun < seconds * (_OVER if rounds < _MIN_WARMUP else 1):
         for run in runs:
             run()
         rounds += 1
@@ -198,6 +212,7 @@ def _placement(path: str, feed: dict[str, NDArray[Any]], request: Request) -> li
     there = nodes.pop(request.provider, 0)
     if not there:
         raise NotMeasurable(f"no node of {path} runs on {request.provider}: all fall back to {', '.join(nodes)}")
+    path = Path(path).name
     elsewhere = ", ".join(f"{count} on {provider}" for provider, count in nodes.items())
     return [f"{path}: {there} nodes run on {request.provider}, {elsewhere}"] if nodes else []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. `batch` None: 1, or what the file fixes. `shapes` fills free axes other than the batch."""
+    """What to measure. `batch` None: 1, or what the file fixes. `shapes` fills free axes other than the batch; `ranges`
+    are the smallest and largest whole number of each input, in order, None where 0 and 1 will do."""
 
     paths: tuple[str, ...]
     provider: str
@@ -48,6 +49,7 @@ class Request:
     precision: float
     shapes: dict[str, list[int]]
     seed: int
+    ranges: list[list[int] | None] = field(default_factory=list)
 
 
 class NotMeasurable(SlimcError):
@@ -93,6 +95,14 @@ def start(path: str, request: Request, onnxruntime: Any, asked: Any = None) -> A
     return session
 
 
+def check_runs(path: str, session: Any, feed: Mapping[str, NDArray[Any]]) -> None:
+    """NotMeasurable where a file does not run on what it is fed: a hard-coded size, an index beyond a table."""
+    try:
+        session.run(None, dict(feed))
+    except Exception as error:  # onnxruntime's errors share no base class but Exception
+        raise NotMeasurable(f"{Path(path).name} does not run on random inputs: {_first_line(error)}") from error
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -100,8 +110,15 @@ def _first_line(error: BaseException) -> str:
 def feeds(sessions: Sequence[Any], request: Request) -> list[dict[str, NDArray[Any]]]:
     """Make one set of random inputs and give it to every session, by position."""
     specs = [[(value.name, value.type, tuple(value.shape)) for value in session.get_inputs()] for session in sessions]
+    first = [shape[0] for _, _, shape in specs[0] if shape]
+    if request.batch is not None and all(isinstance(size, int) and size != request.batch for size in first):
+        raise UsageError(f"{request.paths[0]}: its batch is fixed; a batch of {request.batch} is not possible")
     generator = np.random.default_rng(request.seed)
-    arrays = [_random(kind, _shape(name, shape, request), name, generator) for name, kind, shape in specs[0]]
+    ranges = [*request.ranges, *[None] * len(specs[0])]
+    arrays = [
+        _random(kind, _shape(name, shape, request), name, generator, ends)
+        for (name, kind, shape), ends in zip(specs[0], ranges, strict=False)
+    ]
     for path, spec in zip(request.paths[1:], specs[1:], strict=True):
         wanted = [(kind, _shape(name, shape, request)) for name, kind, shape in spec]
         have = [(kind, array.shape) for (_, kind, _), array in zip(specs[0], arrays, strict=True)]
@@ -127,18 +144,21 @@ def _shape(name: str, shape: tuple[int | str | None, ...], request: Request) -> 
         elif given is not None:
             filled.append(given[axis])
         else:
-            raise UsageError(f"input {name}: axis {axis} ({size}) is free; give its size with --input")
+            raise UsageError(f"input {name}: axis {axis} ({size}) is free; give its sizes with --input {name}=1x...")
     return tuple(filled)
 
 
-def _random(kind: str, shape: tuple[int, ...], name: str, generator: np.random.Generator) -> NDArray[Any]:
+def _random(
+    kind: str, shape: tuple[int, ...], name: str, generator: np.random.Generator, ends: Sequence[int] | None
+) -> NDArray[Any]:
     dtype = _DTYPES.get(kind)
     if dtype is None:
         raise UsageError(f"input {name}: cannot make random values of type {kind}")
     if np.issubdtype(dtype, np.floating):
         return generator.standard_normal(shape).astype(dtype)
     # 0 and 1 are valid indices, masks and token numbers of nearly any model.
-    return generator.integers(0, 2, shape).astype(dtype)
+    low, high = ends if ends and dtype is not np.bool_ else (0, 1)
+    return generator.integers(low, high + 1, shape).astype(dtype)
 
 
 def profile(path: str, feed: Mapping[str, NDArray[Any]], request: Request, calls: int = 1) -> list[dict[str, Any]]:

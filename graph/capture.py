@@ -56,6 +56,15 @@ class Example:
             f"example inputs are {type(inputs).__name__}; give a tensor, a tuple of arguments or a dictionary"
         )
 
+    def ranges(self) -> tuple[tuple[int, int] | None, ...]:
+        """The smallest and largest whole number of each tensor; None for those of other numbers."""
+        return tuple(
+            None
+            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or not tensor.numel()
+            else (int(tensor.min()), int(tensor.max()))
+            for tensor in self.tensors()
+        )
+
     def map(self, change: Any) -> Example:
         """The same arguments with every tensor replaced by `change(tensor)`."""
         args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))

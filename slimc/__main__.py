@@ -64,7 +64,8 @@ def guarded(command: Callable[[], Any]) -> int:
         # Typer makes an exit with this code of an interrupt.
         code = 130 if isinstance(end, KeyboardInterrupt) else end.code if isinstance(end.code, int) else 1
         if code == 130:
-            print("slimc: interrupted; nothing was written. Run the same command again to start over.", file=sys.stderr)
+            again = "A result appears whole or not at all; run the same command again to start over."
+            print(f"slimc: interrupted. {again}", file=sys.stderr)
         return code
     except MemoryError:
         print("slimc: out of memory. Give a smaller example with --input, or run on a larger machine.", file=sys.stderr)

@@ -59,6 +59,8 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + took
             if took > _LONG_STAGE:
                 _give_back()
+        if self._progress:
+            self._progress("done", name)
 
     def detail(self, text: str) -> None:
         """Say what a stage is doing."""

@@ -22,6 +22,8 @@ _COUNTS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _MILLISECONDS = {"US": 1e-3, "MS": 1.0, "S": 1e3}
 _UNITS = {"size": _BYTES, "memory": _BYTES, "latency": _MILLISECONDS}
 _EXAMPLES = {"size": "20MB", "memory": "20MB", "latency": "8ms", "flops": "1.6G"}
+_ROUND_UP = 0.9995
+"""From this share of a unit on, three digits are those of the unit itself."""
 _NUMBER = re.compile(
     r"(?P<minus>-?)(?P<number>\d+\.?\d*|\.\d+)(?:e(?P<exponent>[+-]?\d+))?\s*(?P<unit>%|[a-z]*)", re.IGNORECASE
 )
@@ -93,14 +95,14 @@ def _forms(metric: str) -> str:
 def amount(metric: str, value: float) -> str:
     """A quantity for people: `4.09 G`, `25.6 M`, `102 MB`, `8.25 ms`."""
     if metric == "latency":
-        return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
+        return f"{value:.3g} ms" if value < _ROUND_UP * 1e3 else f"{value / 1e3:.3g} s"
     steps = (
         (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
         if metric in ("size", "memory")
         else (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
     )
     for unit, scale in steps:
-        if value >= scale:
+        if value >= _ROUND_UP * scale:
             return f"{value / scale:.3g} {unit}"
     return f"{value:.3g}{' B' if metric in ('size', 'memory') else ''}"
 

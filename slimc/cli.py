@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from .graph.capture import Example
     from .loading import Loaded
 
+_DEMO = Path("slimc-demo")
+
 app = typer.Typer(
     name="slimc",
     help="Make a trained PyTorch model smaller: remove whole channels until a budget holds, prove it, export it.",
@@ -222,7 +224,10 @@ def latency(
     ] = None,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt, or all that are there")] = "cpu",
     batch: Annotated[int | None, typer.Option(min=1, help="batch size where the file leaves it open")] = None,
-    budget: Annotated[float, typer.Option(min=0.1, help="seconds to measure for")] = 10.0,
+    budget: Annotated[float, typer.Option(min=0.1, max=86_400, help="seconds to measure for")] = 10.0,
+    input: Annotated[
+        list[str] | None, typer.Option("--input", help="NAME=1x128: an input's sizes, where the file leaves them open")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -234,7 +239,9 @@ def latency(
         from .exporters.latency import measure, measure_all
 
         console.progress("stage", "latency")
-        options: dict[str, Any] = {"threads": threads, "batch": batch, "budget_seconds": budget}
+        options: dict[str, Any] = {
+            "threads": threads, "batch": batch, "budget_seconds": budget, "input_shapes": _shapes(input or []),
+        }  # fmt: skip
         results = (
             measure_all(before, after, **options)
             if provider == "all"
@@ -250,10 +257,11 @@ def latency(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="output folder")] = Path("slimc-demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="output folder")] = _DEMO,
     flops: Annotated[str, typer.Option(help="what may stay of the FLOPs")] = "0.4",
     seed: Seed = 0,
     threads: Threads = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -261,11 +269,12 @@ def demo(
     with Console(quiet, as_json, stages=12) as console:
         from .exporters.artifact import check_writable
 
-        check_writable(out, overwrite=True)
+        overwrite = overwrite or out == _DEMO
+        check_writable(out, overwrite)
         _threads(threads)
         from .demo import run
 
-        slim = run(out, flops=flops, seed=seed, threads=threads, progress=console.progress)
+        slim = run(out, flops=flops, seed=seed, threads=threads, overwrite=overwrite, progress=console.progress)
         if as_json:
             print(json.dumps(slim.report.to_dict(), indent=2))
         else:
@@ -297,7 +306,9 @@ def _folder(out: Path | None, model: str, overwrite: bool) -> Path:
 
 
 def _short(model: str) -> str:
-    return Path(model).stem if os.sep in model or Path(model).suffix else model.rpartition(":")[2] or "model"
+    if ":" in model and os.sep not in model:
+        return model.rpartition(":")[2] or "model"
+    return Path(model).stem or "model"
 
 
 def _open(
@@ -361,6 +372,16 @@ def _training_options(
     if data is None:
         raise UsageError("--epochs trains with labels: give --data")
     return Training(schedule, epochs, rate, batch_size, distil, settings or [], resume)
+
+
+def _shapes(given: list[str]) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for text in given:
+        name, _, sizes = text.rpartition("=")
+        if not name or not all(size.isdecimal() and int(size) for size in sizes.split("x")):
+            raise UsageError(f"--input {text}: wanted the name of an input and its sizes, as in input_ids=1x128")
+        found[name] = tuple(int(size) for size in sizes.split("x"))
+    return found
 
 
 def _threads(threads: int | None) -> None:

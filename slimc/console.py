@@ -65,14 +65,17 @@ class Console:
         self._close()
 
     def progress(self, kind: str, text: str) -> None:
-        """What a run tells: ("stage", name), ("target", sentence), ("note", sentence), ("detail", what it does now),
-        ("tick", "3/10"), ("live", "0.25 how training goes"), ("phase", what a phase of training came to)."""
+        """What a run tells: ("stage", name), ("done", name) at its end, ("target", sentence), ("note", sentence),
+        ("detail", what it does now), ("tick", "3/10"), ("live", "0.25 how training goes"), ("phase", what a phase of
+        training came to)."""
         if self.quiet:
             return
         if kind == "target" and not self.as_json:
             self._print_out(text)
         if kind == "stage":
             self._begin_stage(text)
+        elif kind == "done" and self._stage is not None and self._stage[0] == text and text not in _TRAINING:
+            self._end_stage()
         elif kind in ("detail", "tick") and self._stage is not None:
             stage = STAGES.get(self._stage[0], self._stage[0])
             self._detail = text if kind == "detail" else self._detail
@@ -233,29 +236,29 @@ class Console:
             self._out.print("[green]✓[/green] nothing is frozen besides the channels of inputs and outputs")
         for frozen in data["frozen"]:
             where = f" in {frozen['module']}" if frozen["module"] else ""
-            self._out.print(
-                f"[yellow]frozen[/yellow] {escape(frozen['op'])} at {frozen['node']}{where}: {frozen['reason']}"
-            )
+            line = f"{frozen['op']} at {frozen['node']}{where}: {frozen['reason']}"
+            self._out.print(f"[yellow]frozen[/yellow] {escape(line)}")
         if data["batch_note"]:
             self._out.print(f"[yellow]![/yellow] fixed batch: {escape(data['batch_note'])}")
 
     def latency(self, results: Sequence[LatencyResult]) -> None:
         """Figures of `slimc latency`."""
+        from .budget import amount
         from .report.format import provider
 
         self._finish()
         table = _table("provider", "threads", "batch", "A", "B", "A / B", "95% interval", right=(1, 2, 3, 4, 5, 6))
         for result in results:
-            if result.skipped is not None:
+            if result.before_ms is None:
                 continue
             ratio = f"{result.speedup:.2f}×" if result.speedup is not None else ""
             interval = f"{result.ci95[0]:.2f}–{result.ci95[1]:.2f}" if result.ci95 else ""
-            after = f"{result.after_ms:.3g} ms" if result.after_ms is not None else ""
+            after = "" if result.after_ms is None else amount("latency", result.after_ms)
             table.add_row(
                 provider(result.provider),
                 str(result.threads),
                 str(result.batch),
-                f"{result.before_ms:.3g} ms",
+                amount("latency", result.before_ms),
                 after,
                 ratio,
                 interval,
@@ -319,6 +322,7 @@ def _cost_table(report: Report) -> Table:
 
 
 def _latency_table(report: Report) -> Table:
+    from .budget import amount
     from .report.format import provider
 
     table = _table(
@@ -326,8 +330,8 @@ def _latency_table(report: Report) -> Table:
     )
     for row in report.latency or ():
         table.add_row(
-            provider(row.provider), str(row.threads), str(row.batch), f"{row.before_ms:.3g} ms",
-            f"{row.after_ms:.3g} ms", f"{row.speedup:.2f}×", f"{row.ci95[0]:.2f}–{row.ci95[1]:.2f}",
+            provider(row.provider), str(row.threads), str(row.batch), amount("latency", row.before_ms),
+            amount("latency", row.after_ms), f"{row.speedup:.2f}×", f"{row.ci95[0]:.2f}–{row.ci95[1]:.2f}",
         )  # fmt: skip
     return table
 

@@ -137,6 +137,7 @@ def run(
     flops: str | float = 0.4,
     seed: int = 0,
     threads: int | None = None,
+    overwrite: bool = True,
     progress: Callable[[str, str], None] | None = None,
 ) -> Compressed:
     """The whole pipeline on the digits: train, cut, fine-tune, prove, export, measure, report.
@@ -167,5 +168,5 @@ def run(
     slim: Compressed = training.result
     assert slim.report.accuracy is not None
     slim.report = replace(slim.report, accuracy=replace(slim.report.accuracy, pruned=pruned))
-    slim.save(out, overwrite=True, latency=True, threads=threads)
+    slim.save(out, overwrite=overwrite, latency=True, threads=threads)
     return slim

@@ -11,12 +11,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from . import budget
 from .analysis import Analysis, Stages
@@ -30,7 +28,7 @@ from .graph.cost import Model
 from .graph.resize import Cut
 from .report import TargetResult
 from .rewrite import rewrite
-from .timing import shared_out
+from .timing import shared_out, threads_of_a_call
 
 _TRIALS = 8
 _NEAR = 0.97
@@ -74,7 +72,7 @@ class Settled:
 class Pace:
     """One target for one model; measures the original at once.
 
-    limit: milliseconds of one call (batch 1, or what the model fixes) on the CPU with torch's number of threads. cost:
+    limit: milliseconds of one call (batch 1, or what the model fixes) on the CPU with `threads_of_a_call()`. cost:
     of every choice of widths, the estimate as its time. Raises UsageError where ONNX Runtime is missing or cannot run
     the model, OutputError where it cannot be exported.
     """
@@ -86,14 +84,15 @@ class Pace:
         folder = Path(tempfile.mkdtemp(prefix="slimc-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         with stages.stage("latency"):
-            path = _export(analysis, folder, None)
-            before = _measure(path, None).before_ms
+            path, ranges = _export(analysis, folder, None), analysis.captured.example.ranges()
+            before = _measure(path, None, ranges).before_ms
             assert before is not None
-            times = shared_out(analysis.types, _operators(path), before)
-        self._clock = _Clock(path, partial(_export, analysis, folder))
+            times = shared_out(analysis.types, _operators(path, ranges), before)
+        self._clock = _Clock(path, partial(_export, analysis, folder), ranges)
         self.cost = Model(analysis.types, analysis.grouping, times)
         self.limit = target.limit(before)
         self._before, self._share = before, self.limit / before
+        self._is_amount = target.amount is not None
         stages.target(budget.describe(target, before))
 
     def check(self, estimate: float, smallest: Cut) -> None:
@@ -102,7 +101,7 @@ class Pace:
             return
         with self._stages.stage("latency"):
             timed = self._clock(smallest)
-        if timed.upper > self._share:
+        if not self._holds(timed):
             raise self._unreachable(timed)
 
     def start(self, limits: Mapping[str, float], floor: float) -> dict[str, float]:
@@ -123,7 +122,7 @@ class Pace:
             timed = self._clock(cut_of({**limits, "latency": asked}))
             estimate = 100 * asked / self._before
             self._stages.detail(f"estimated {estimate:.1f}% of the time, measured {100 * timed.share:.1f}%")
-            if timed.upper <= self._share or self._share >= 1:
+            if self._holds(timed):
                 fast = Trial(asked, timed.upper, timed)
             else:
                 slow.append(Trial(asked, timed.upper))
@@ -139,8 +138,19 @@ class Pace:
             raise self._unreachable(timed)
         found = fast.timed
         assert found is not None
-        result = TargetResult(self._share, found.share, found.before_ms, found.after_ms)
+        asked = self.limit / found.before_ms if self._is_amount else self._share
+        result = TargetResult(asked, found.share, found.before_ms, found.after_ms)
         return Settled({**limits, "latency": fast.estimate}, result)
+
+    def _holds(self, timed: Timed) -> bool:
+        """Whether a cut is fast enough: as a share of the original's time, and in milliseconds if these were given.
+
+        The machine may be slower now than when the original was measured alone.
+        """
+        if self._share >= 1:
+            return True
+        in_time = not self._is_amount or timed.upper * timed.before_ms <= self.limit
+        return in_time and timed.upper <= self._share
 
     def _unreachable(self, smallest: Timed) -> UnreachableTarget:
         return UnreachableTarget(
@@ -174,31 +184,34 @@ def _between(fast: Trial, slow: Trial, wanted: float) -> float:
 class _Clock:
     """Times cuts, the same one once."""
 
-    def __init__(self, original: Path, export: Callable[[Cut], Path]) -> None:
-        self._original, self._export = original, export
+    def __init__(self, original: Path, export: Callable[[Cut], Path], ranges: Sequence[tuple[int, int] | None]) -> None:
+        self._original, self._export, self._ranges = original, export, ranges
         self._known: dict[bytes, Timed] = {}
 
     def __call__(self, cut: Cut) -> Timed:
         key = cut.alive.tobytes()
         if key not in self._known:
-            found = _measure(self._original, self._export(cut))
+            found = _measure(self._original, self._export(cut), self._ranges)
             assert found.before_ms is not None
             assert found.after_ms is not None
             assert found.speedup is not None
-            lower = found.ci95[0] if found.ci95 else found.speedup
-            self._known[key] = Timed(found.before_ms, found.after_ms, 1 / found.speedup, 1 / lower)
+            if found.ci95 is None:
+                raise UsageError(
+                    f"--latency cannot be held: a call of {found.before_ms:.0f} ms is too long for enough measurements"
+                )
+            self._known[key] = Timed(found.before_ms, found.after_ms, 1 / found.speedup, 1 / found.ci95[0])
         return self._known[key]
 
 
-def _operators(path: Path) -> tuple[operators.Operator, ...]:
+def _operators(path: Path, ranges: Sequence[tuple[int, int] | None]) -> tuple[operators.Operator, ...]:
     try:
-        return operators.measure(path, threads=torch.get_num_threads())
+        return operators.measure(path, threads=threads_of_a_call(), ranges=ranges)
     except NotMeasurable as error:
         raise UsageError(f"--latency cannot be held, since nothing could be measured: {error}") from error
 
 
-def _measure(before: Path, after: Path | None) -> latency.LatencyResult:
-    found = latency.measure(before, after, threads=torch.get_num_threads())
+def _measure(before: Path, after: Path | None, ranges: Sequence[tuple[int, int] | None]) -> latency.LatencyResult:
+    found = latency.measure(before, after, threads=threads_of_a_call(), ranges=ranges)
     if found.skipped is not None:
         raise UsageError(f"--latency cannot be held, since nothing could be measured: {found.skipped}")
     return found

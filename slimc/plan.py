@@ -70,9 +70,10 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Read a plan; raises PlanError that says where the file is wrong."""
+        """Read a plan, of a file or of a result's folder; raises PlanError that says where the file is wrong."""
+        path = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from .recover import Task
 from .report import Calibration, Latency, OnnxFile, OutputFile, RecoveryStep, Report, write_html
 from .rewrite import Rewritten
 from .samples import Samples, affordable, collect
+from .timing import threads_of_a_call
 from .verify import Plain
 
 PURPOSE = {
@@ -42,6 +43,7 @@ PURPOSE = {
     "report.json": "the report as data",
     "report.html": "the report as a page",
 }
+_TOO_LONG = "a call takes so long that too few pairs fit into the time for an interval"
 _WEIGHTS_ALONE = "weights by name; your own class does not run with them, model.pt2 does"
 
 
@@ -79,8 +81,12 @@ class Compressed:
             return program_of(self.graph, self.analysis.captured)
 
     def synchronise(self) -> None:
-        """Bring the graph's tensors up to date with the module's, after training or moving between devices."""
+        """Bring the graph's tensors up to date with the module's, after training or moving between devices.
+
+        Raises OutputError where layers were replaced or converted since: the graph, and what was proven, is the old.
+        """
         if self.module is not self.graph:
+            _check_alike(self.module, self.graph, self.analysis.types.weights)
             _copy_tensors(self.module, self.graph)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -141,7 +147,7 @@ class Compressed:
     ) -> None:
         """Write down in the report what was done to the weights after the cut."""
         done = (*(self.report.recovery or ()), RecoveryStep(name, detail, before, after, kept))
-        self.report = replace(self.report, recovery=done, seconds=dict(self.stages.seconds))
+        self.report = replace(self.report, recovery=done, seconds=dict(self.stages.seconds), onnx=None)
 
     def export_onnx(self, path: str | Path) -> OnnxFile:
         """Write an ONNX file and compare it with the module in ONNX Runtime.
@@ -202,9 +208,11 @@ class Compressed:
             except OutputError as error:
                 self.warn([f"latency was not measured, since the original cannot be exported: {error}"])
                 return ()
-            results = latency_of.measure_all(before, path, **options)
-        rows = tuple(_row(r) for r in results if r.skipped is None and r.speedup is not None)
-        skipped = tuple(f"{r.provider}: {r.skipped}" for r in results if r.skipped is not None)
+            options = {"threads": threads_of_a_call(), **{k: v for k, v in options.items() if v is not None}}
+            ranges = self.analysis.captured.example.ranges()
+            results = latency_of.measure_all(before, path, ranges=ranges, **options)
+        rows = tuple(_row(r) for r in results if r.ci95 is not None)
+        skipped = tuple(f"{r.provider}: {r.skipped or _TOO_LONG}" for r in results if r.ci95 is None)
         self.report = replace(self.report, latency=rows or None, latency_skipped=skipped)
         for result in results:
             self.warn(result.warnings)
@@ -225,6 +233,7 @@ class Compressed:
         original. Raises OutputError, ParityError.
         """
         target = Path(folder)
+        self.report = replace(self.report, onnx=None, latency=None, latency_skipped=())
         with whole_folder(target, overwrite) as work:
             with self.stages.stage("export"):
                 program = self.program
@@ -253,6 +262,19 @@ class Compressed:
         self.report = replace(self.report, warnings=(*known, *(s for s in sentences if s not in known)))
 
 
+def _check_alike(module: nn.Module, graph: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    wanted, found = dict(graph.named_parameters()), dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in wanted.items():
+        own = found.get(name)
+        before = weights.get(name, tensor).dtype  # converting the module converts what it shares with the graph
+        if own is None or own.shape != tensor.shape or own.dtype != before:
+            now = "is gone" if own is None else f"is {list(own.shape)} of {own.dtype} now"
+            raise OutputError(
+                f"{name} of slim.module {now}: save the result before you replace or convert layers, or export the "
+                "changed module yourself (torch.onnx.export)"
+            )
+
+
 def _copy_tensors(source: nn.Module, target: nn.Module) -> None:
     """Copy tensors of the same name that are not shared any more: moving a module to a device parts them."""
     state = source.state_dict()
@@ -270,5 +292,5 @@ def _row(result: LatencyResult) -> Latency:
     assert result.batch is not None
     return Latency(
         result.runtime, result.provider, result.threads, result.batch,
-        result.before_ms, result.after_ms, result.speedup, result.ci95,
+        result.before_ms, result.after_ms, result.speedup, result.ci95, result.conclusive,
     )  # fmt: skip

@@ -7,13 +7,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
+from .exporters import machine
 from .exporters.operators import PRODUCTS, Operator
 from .graph.cost import Times
 from .graph.infer import Product, Types
 
 _LONGEST_START = 0.02
 """Milliseconds: an operator that does next to nothing was measured to take 8 to 13 microseconds."""
+
+
+def threads_of_a_call() -> int:
+    """Threads to measure a model with: torch's number, but not more than the cores that this process may use."""
+    return min(torch.get_num_threads(), machine.physical_cores())
 
 
 def shared_out(types: Types, operators: Sequence[Operator], total: float) -> Times:

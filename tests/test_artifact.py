@@ -90,6 +90,13 @@ def test_a_folder_that_slimc_did_not_write_is_never_replaced(tmp_path: Path) -> 
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_an_earlier_result_with_a_file_of_the_users_in_it_is_not_replaced(tmp_path: Path) -> None:
+    target = earlier_result(tmp_path / "out")
+    (target / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match=r"not written by slimc \(thesis\.tex\)"):
+        check_writable(target, overwrite=True)
+
+
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out") as folder:
         (folder / "plan.json").touch()

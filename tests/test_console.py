@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import slimc
+from slimc import inspection
+from slimc.analysis import Stages
 from slimc.console import Console
 
 
@@ -29,6 +31,22 @@ def test_a_stage_that_fails_is_marked(capsys: pytest.CaptureFixture[str]) -> Non
     console.progress("stage", "data")
     console.__exit__(ValueError, ValueError("x"), None)
     assert capsys.readouterr().err.startswith("✗ reading the data")
+
+
+def test_a_stage_that_has_ended_is_not_blamed_for_what_fails_after_it(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(quiet=False, as_json=False)
+    with Stages(console.progress).stage("verify"):
+        pass
+    console.__exit__(ValueError, ValueError("x"), None)
+    assert capsys.readouterr().err.startswith("✓ proving")
+
+
+def test_names_with_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.ModuleDict({"x[/y]": nn.Linear(4, 8)})
+    model.forward = lambda x: model["x[/y]"](x).sort(0)[0]
+    with Console(quiet=False, as_json=False) as console:
+        console.inspection(inspection.summary(slimc.inspect(model, torch.randn(2, 4)), "a[b]"))
+    assert "a[b]" in capsys.readouterr().out
 
 
 def test_without_a_terminal_a_long_stage_says_once_a_minute_how_far_it_is(

@@ -130,7 +130,7 @@ def test_a_provider_that_leaves_every_node_to_another_is_not_measured(slim: Path
 def test_a_fixed_batch_is_used_or_refused(tmp_path: Path) -> None:
     fixed = file(tmp_path / "fixed.onnx", 8, dynamic=False, batch=4)
     assert quick(fixed).batch == 4
-    with pytest.raises(UsageError, match="its batch axis is fixed at 4; a batch of 2"):
+    with pytest.raises(UsageError, match="its batch is fixed; a batch of 2"):
         quick(fixed, batch=2)
 
 
@@ -147,6 +147,14 @@ def test_whole_number_inputs_are_valid_indices_and_free_axes_must_be_given(tmp_p
     with pytest.raises(UsageError, match=r"input input: axis 1 \(input_axis1\) is free; give its size"):
         quick(path)
     assert quick(path, input_shapes={"input": (1, 7)}).before_ms is not None
+
+
+def test_a_file_that_does_not_run_on_random_inputs_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Embedding(1, 4), nn.Linear(4, 3)).eval()
+    program = torch.export.export(net, (torch.zeros(2, 5, dtype=torch.long),), strict=False)
+    path = onnx_format.export(program, tmp_path / "m.onnx").path
+    assert "m.onnx does not run on random inputs" in str(quick(path).skipped)
+    assert quick(path, ranges=[(0, 0)]).before_ms is not None
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:

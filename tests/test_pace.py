@@ -56,7 +56,7 @@ def analysis() -> Analysis:
 def start(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[Pace, list[float]]]:
     """A target on a machine that follows no clock: cuts are limits of the estimate, times follow `law`."""
 
-    def measured(before: Path, after: Path | None) -> LatencyResult:
+    def measured(before: Path, after: Path | None, ranges: Any = ()) -> LatencyResult:
         return LatencyResult("", "", 1, 1, before_ms=BEFORE)
 
     def make(text: str, law: Callable[[float], float] = LAWS["in step"]) -> tuple[Pace, list[float]]:
@@ -71,7 +71,7 @@ def start(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
                 return Timed(BEFORE, BEFORE * share, share, share * 1.01)
 
         monkeypatch.setattr(pace, "_measure", measured)
-        monkeypatch.setattr(pace, "_operators", lambda path: ())
+        monkeypatch.setattr(pace, "_operators", lambda path, ranges: ())
         monkeypatch.setattr(pace, "_Clock", Clock)
         monkeypatch.setattr(pace, "_export", lambda analysis, folder, cut: folder)
         return Pace(analysis, budget.parse("latency", text), Stages(None)), asked
@@ -128,6 +128,29 @@ def test_the_last_trial_is_the_smallest_cut(start: Any) -> None:
     assert asked[-1] == 1e-6 * BEFORE
 
 
+def test_milliseconds_hold_even_if_the_machine_has_become_slower(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = start("5ms")
+    slower = 1.3 * BEFORE
+
+    def timed(cut: float) -> Timed:
+        share = cut / BEFORE
+        return Timed(slower, slower * share, share, share * 1.01)
+
+    monkeypatch.setattr(target, "_clock", timed)
+    settled = target.settle({"latency": 0.5 * BEFORE}, 0.1 * BEFORE, BEFORE, estimate)
+    assert settled.result.after <= 5.0
+    assert settled.result.met
+    assert settled.result.asked == pytest.approx(5.0 / slower)
+
+
+def test_too_few_pairs_hold_no_target(analysis: Analysis, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    few = LatencyResult("", "", 1, 1, before_ms=9e3, after_ms=4e3, speedup=2.2, rounds=2)
+    monkeypatch.setattr(pace, "_measure", lambda *_: few)
+    cut = Cut(analysis.types, np.ones(analysis.types.solution.variables, np.bool_))
+    with pytest.raises(UsageError, match="a call of 9000 ms is too long"):
+        pace._Clock(tmp_path, lambda cut: tmp_path, ())(cut)
+
+
 def test_a_target_above_the_original_removes_nothing(start: Any) -> None:
     target, _ = start("20ms")
     begun = target.start({}, 0.0)
@@ -144,12 +167,12 @@ def test_the_search_begins_where_the_estimate_says_but_where_it_can_be(start: An
 def test_the_same_cut_is_measured_once(analysis: Analysis, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     runs: list[Path | None] = []
 
-    def measured(before: Path, after: Path | None) -> LatencyResult:
+    def measured(before: Path, after: Path | None, ranges: Any = ()) -> LatencyResult:
         runs.append(after)
         return LatencyResult("", "", 1, 1, before_ms=4.0, after_ms=2.2, speedup=2.0, ci95=(1.6, 2.5))
 
     monkeypatch.setattr(pace, "_measure", measured)
-    clock = pace._Clock(tmp_path, lambda cut: tmp_path)
+    clock = pace._Clock(tmp_path, lambda cut: tmp_path, ())
     cut = Cut(analysis.types, np.ones(analysis.types.solution.variables, np.bool_))
     assert clock(cut) == clock(cut) == Timed(4.0, 2.2, 0.5, 1 / 1.6)
     assert len(runs) == 1
@@ -185,11 +208,11 @@ def test_a_real_network_becomes_as_fast_as_asked() -> None:
 
 @pytest.mark.parametrize("select", ["greedy", "exact"])
 def test_all_targets_hold_together(select: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(before: Path, after: Path | None) -> LatencyResult:
-        return LatencyResult("", "", 1, 1, before_ms=10.0, after_ms=2.5, speedup=4.0)
+    def measured(before: Path, after: Path | None, ranges: Any = ()) -> LatencyResult:
+        return LatencyResult("", "", 1, 1, before_ms=10.0, after_ms=2.5, speedup=4.0, ci95=(3.9, 4.1))
 
     monkeypatch.setattr(pace, "_measure", measured)
-    monkeypatch.setattr(pace, "_operators", lambda path: ())
+    monkeypatch.setattr(pace, "_operators", lambda path, ranges: ())
     monkeypatch.setattr(pace, "_export", lambda analysis, folder, cut: folder)
     slim = slimc.compress(
         net(), torch.rand(2, 3, 8, 8), latency="9ms", flops=0.5, recover="none", round_to=1, select=select

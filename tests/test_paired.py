@@ -42,6 +42,18 @@ def test_the_budget_ends_what_never_becomes_precise() -> None:
     assert len(results) == 30
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(2.0, 6), (7.0, 5), (40.0, 1)])
+def test_two_slow_files_get_the_pairs_of_an_interval_within_three_times_the_budget(seconds: float, rounds: int) -> None:
+    now = [0.0]
+
+    def run() -> list[float]:
+        now[0] += seconds / 2
+        return [seconds / 2]
+
+    results = take_turns([run, run], budget_seconds=10, precision=0.0, clock=lambda: now[0])
+    assert len(results) == rounds
+
+
 def test_noise_that_both_files_share_cancels() -> None:
     load = np.random.default_rng(0).uniform(1, 5, 1000)
     before, after = (iter(load * seconds) for seconds in (3.0, 2.0))

@@ -201,6 +201,44 @@ def test_a_module_that_was_moved_or_given_other_weights_is_followed(slim: slimc.
 # -- whole or nothing ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("change", ["replaced", "resized", "converted"])
+def test_a_module_whose_layers_were_changed_is_not_saved_as_what_was_proven(change: str, tmp_path: Path) -> None:
+    slim = compressed(net())
+    module: Any = slim.module
+    if change == "converted":
+        module.half()
+    else:
+        module.head = nn.Sequential(module.head) if change == "replaced" else nn.Linear(module.head.in_features, 7)
+    with pytest.raises(OutputError, match=r"of slim\.module (is gone|is \[)"):
+        slim.save(tmp_path / "out", onnx=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_tells_only_of_files_that_were_saved_with_it(tmp_path: Path) -> None:
+    slim = compressed(net())
+    slim.export_onnx(tmp_path / "alone.onnx")
+    assert slim.report.onnx is not None
+    slim.save(tmp_path / "out", onnx=False)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["onnx"] is None
+
+
+def test_a_model_with_a_table_of_one_row_is_measured(tmp_path: Path) -> None:
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.kinds, self.fc = nn.Embedding(9, 8), nn.Embedding(1, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, words: Tensor, kinds: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.relu(self.fc(self.words(words) + self.kinds(kinds))).mean(1))
+            return out
+
+    words = torch.randint(9, (2, 5))
+    slim = slimc.compress(Typed().eval(), (words, torch.zeros_like(words)), params=0.8, round_to=1, recover="none")
+    slim.save(tmp_path / "out", latency=True, budget_seconds=0.3)
+    assert slim.report.latency is not None
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("error", [RuntimeError("disk on fire"), KeyboardInterrupt(), OSError(28, "No space left")])
 @pytest.mark.parametrize("stage", ["export", "write_json", "write_html"])

@@ -21,9 +21,34 @@ from slimc.exporters.artifact import Artifact, describe, whole_file
 
 def export(program: ExportedProgram, path: Path) -> Artifact:
     """Write a program; example inputs are zeroed and stack traces dropped, so that neither data nor paths leak."""
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        torch.export.save(_without_traces(program), file)
+    with whole_file(path) as temporary, _Sink(temporary.open("wb", buffering=0)) as sink:
+        torch.export.save(_without_traces(program), sink)
+        if sink.error is not None:
+            raise sink.error
     return describe(path, "pt2")
+
+
+class _Sink(io.BufferedWriter):
+    """Keeps the first error of a file to itself: torch's writer ends the process where its last write fails."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """As if all were written."""
+        if self.error is None:
+            try:
+                super().write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """As `write`."""
+        if self.error is None:
+            try:
+                super().flush()
+            except OSError as error:
+                self.error = error
 
 
 def load(path: Path) -> ExportedProgram:

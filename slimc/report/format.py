@@ -54,11 +54,16 @@ def provider(name: str) -> str:
 
 
 def recovery(method: str, detail: str, before: float | None, after: float | None, kept: bool) -> str:
+    """A recovery step by its name, and what it did."""
+    return f"{method}{':' if kept else ''} {recovered(detail, before, after, kept)}"
+
+
+def recovered(detail: str, before: float | None, after: float | None, kept: bool) -> str:
     """What a recovery step did, and by how much it brought the outputs nearer to the original's."""
     if before is None or after is None:
-        return f"{method}: {detail}"
+        return detail
     if not kept:
         nearer = "brought the outputs nearer to the original's but the choice of class further from it"
         moved = nearer if after <= before else "moved the outputs away from the original's"
-        return f"{method} undone, since it {moved} ({before:.2g} → {after:.2g})"
-    return f"{method}: {detail}; distance of the outputs from the original's {before:.2g} → {after:.2g}"
+        return f"undone, since it {moved} ({before:.2g} → {after:.2g})"
+    return f"{detail}; distance of the outputs from the original's {before:.2g} → {after:.2g}"

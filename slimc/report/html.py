@@ -67,7 +67,7 @@ def render_html(report: Report) -> str:
         not_run=[name for name, value in report.seconds.items() if value is None],
         total=total,
         stage_shares=[(name, value / total) for name, value in timed.items()] if total else [],
-        widest=max((group.width for group in report.groups), default=1),
+        widest=max((group.width for group in report.groups), default=1) or 1,
         show_rows=len(report.groups) <= ROWS_AT_MOST,
         latency_scale=svg.interval_scale(report.latency or ()),
         svg=svg,
@@ -83,7 +83,7 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def verdict(row: Latency) -> str:
-    """What may be said of a measurement: a speed-up whose interval includes 1 is not claimed."""
+    """What may be said of a measurement: a speed-up whose interval is not clear of 1 is not claimed."""
     return "faster" if row.is_faster else "slower" if row.is_slower else "no difference shown"
 
 
@@ -113,7 +113,7 @@ def _speed_headline(report: Report) -> Headline:
         return Headline(title, f"{row.speedup:.2f}× faster", note, "good")
     if row.is_slower:
         return Headline(title, f"slower: {row.speedup:.2f}×", f"95% interval {low:.2f} to {high:.2f}; {place}", "bad")
-    return Headline(title, "no speed-up shown", f"{span} includes 1; {place}", "plain")
+    return Headline(title, "no speed-up shown", f"{span} is not clear of 1; {place}", "plain")
 
 
 def _target_headlines(report: Report) -> list[Headline]:

@@ -100,7 +100,10 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class Latency:
-    """One paired latency measurement; `ci95` is the 95% interval of the speed-up."""
+    """One paired latency measurement; `ci95` is the 95% interval of the speed-up.
+
+    conclusive: whether it leaves out what one file was measured to differ from itself by.
+    """
 
     runtime: str
     provider: str
@@ -110,16 +113,17 @@ class Latency:
     after_ms: float
     speedup: float
     ci95: tuple[float, float]
+    conclusive: bool = True
 
     @property
     def is_faster(self) -> bool:
-        """Whether a speed-up may be claimed: the whole interval lies above 1."""
-        return self.ci95[0] > 1.0
+        """Whether a speed-up may be claimed: the whole interval lies above 1, and clear of it."""
+        return self.conclusive and self.ci95[0] > 1.0
 
     @property
     def is_slower(self) -> bool:
-        """Whether the slim model is slower: the whole interval lies below 1."""
-        return self.ci95[1] < 1.0
+        """Whether the slim model is slower: the whole interval lies below 1, and clear of it."""
+        return self.conclusive and self.ci95[1] < 1.0
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ class Environment:
 class Report:
     """Everything that report.json says.
 
-    `macs` counts multiply-accumulates of one forward pass of the example inputs, `size` bytes of weights and
+    `macs` counts multiply-accumulates of one sample, `size` bytes of weights and
     `memory` bytes of activations alive at the peak. `seconds` holds every stage of `STAGES`.
     """
 
