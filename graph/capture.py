@@ -122,6 +122,18 @@ class Captured:
     batch_note: str | None
     constants: frozenset[str] = frozenset()
 
+    @property
+    def samples(self) -> int:
+        """How many samples costs are shared among: the batch, or 1 where no output has an axis of its size.
+
+        The first axis of the first input need not be a batch, as in models that take one sample without such an axis.
+        """
+        output = next(node for node in self.module.graph.nodes if node.op == "output")
+        values = [node.meta.get("val") for node in output.all_input_nodes]
+        first = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+        sizes = [size if isinstance(size, int) else size.node.hint for size in first]
+        return self.batch if self.batch in sizes else 1
+
 
 def capture(model: nn.Module, inputs: Any) -> Captured:
     """Capture a model in eval mode; the model must be the caller's to change (it is put in eval mode).

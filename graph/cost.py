@@ -61,7 +61,7 @@ class Model:
     """The cost of every choice of widths, ready to be evaluated in microseconds."""
 
     def __init__(self, types: Types, grouping: Grouping, times: Times | None = None) -> None:
-        self._batch = types.captured.batch
+        self._batch = types.captured.samples
         self._count = len(grouping.axes)
         self._axis = np.repeat(np.arange(self._count), np.array([len(axis.terms) for axis in grouping.axes], np.int64))
         self._monomials = _Products([term for axis in grouping.axes for term in axis.terms])

@@ -62,8 +62,14 @@ def versions() -> dict[str, str]:
 def warnings_of(analysis: Analysis, own: eager.Eager) -> list[str]:
     """What a person should read first: a fixed batch, a result that is a graph, channels that were left alone."""
     warnings = []
-    if analysis.captured.batch_note:
-        warnings.append(f"the batch size is fixed at {analysis.captured.batch}: {analysis.captured.batch_note}")
+    captured = analysis.captured
+    if captured.samples != captured.batch:
+        warnings.append(
+            "amounts are for one call, not for a sample: no output has as many rows as the first input "
+            f"({captured.batch})"
+        )
+    elif captured.batch_note:
+        warnings.append(f"the batch size is fixed at {captured.batch}: {captured.batch_note}")
     if own.reason:
         warnings.append(f"the result is the graph as a module, not {type(analysis.model).__name__}: {own.reason}")
     if own.module is not None:

@@ -164,6 +164,11 @@ class Compressed:
                 f"the model computes in {str(half.pop())[6:]}, in which no two programs agree well enough for a file "
                 "to be checked: compress it in float32 (model.float()), and convert the ONNX file afterwards"
             )
+        if odd := _unchecked(self.analysis):
+            raise OutputError(
+                f"an input or output is {odd}, which cannot be compared in ONNX Runtime: leave the ONNX file out "
+                "(--no-onnx, save(onnx=False))"
+            )
         model = onnx.export(program, path)
         parity = self._parity(path, model.batched)
         file = OnnxFile(path.name, model.opset, model.dynamic_batch, parity.max_relative_error, parity.rounding)
@@ -260,6 +265,16 @@ class Compressed:
         """Add sentences to the report that a person should read."""
         known = self.report.warnings
         self.report = replace(self.report, warnings=(*known, *(s for s in sentences if s not in known)))
+
+
+def _unchecked(analysis: Analysis) -> str:
+    """A type among the inputs and outputs that numpy has not, or ONNX not as it is; empty if there is none."""
+    output = next(node for node in analysis.captured.module.graph.nodes if node.op == "output")
+    values = [*analysis.captured.example.tensors(), *(node.meta.get("val") for node in output.all_input_nodes)]
+    for value in values:
+        if isinstance(value, Tensor) and (value.dtype == torch.bfloat16 or value.is_complex()):
+            return str(value.dtype).removeprefix("torch.")
+    return ""
 
 
 def _check_alike(module: nn.Module, graph: nn.Module, weights: Mapping[str, Tensor]) -> None:

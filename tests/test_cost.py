@@ -74,6 +74,27 @@ def test_costs_are_per_sample_whatever_the_batch() -> None:
     assert two == five
 
 
+class Unbatched(nn.Module):
+    """Its first input is a matrix of another length than the batch of the second, and no output is as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, weights: Tensor, x: Tensor) -> Tensor:
+        result: Tensor = self.b(torch.relu(self.a(x))) @ weights.mT
+        return result
+
+
+def test_amounts_are_those_of_a_call_where_no_output_is_as_long_as_the_first_input() -> None:
+    slim = slimc.compress(
+        Unbatched().eval(), (torch.randn(10, 4), torch.randn(2, 8)), flops=0.7, round_to=1, recover="none"
+    )
+    assert slim.report.macs.before == 2 * (8 * 16 + 16 * 4) + 2 * 4 * 10
+    assert any("amounts are for one call" in warning for warning in slim.report.warnings)
+    assert slimc.inspect(nn.Linear(16, 32), torch.randn(16)).macs == 16 * 32
+
+
 class Peak(nn.Module):
     """One value after another, the second of them wide."""
 

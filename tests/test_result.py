@@ -214,6 +214,17 @@ def test_a_module_whose_layers_were_changed_is_not_saved_as_what_was_proven(chan
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.complex64])
+def test_outputs_that_cannot_be_compared_are_sent_to_do_without_onnx(kind: torch.dtype, tmp_path: Path) -> None:
+    class Odd(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).to(kind)
+
+    slim = slimc.compress(Odd().eval(), X, flops=0.5, round_to=1, recover="none")
+    with pytest.raises(OutputError, match=r"an input or output is (bfloat16|complex64).*--no-onnx"):
+        slim.save(tmp_path / "out")
+
+
 def test_a_report_tells_only_of_files_that_were_saved_with_it(tmp_path: Path) -> None:
     slim = compressed(net())
     slim.export_onnx(tmp_path / "alone.onnx")
