@@ -317,7 +317,8 @@ def _cost_table(report: Report) -> Table:
         )
     if (time := report.targets.get("latency")) is not None:
         values = (amount("latency", value) for value in (time.before, time.after))
-        table.add_row("latency", *values, f"{100 * time.got:.4g}%", f"≤ {100 * time.asked:.4g}%")
+        asked = f"≤ {100 * time.asked:.4g}% ({amount('latency', time.asked * time.before)})"
+        table.add_row("latency", *values, f"{100 * time.got:.4g}%", asked)
     return table
 
 
