@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from . import __version__, eager, planner
 from .analysis import Analysis, Stages
@@ -70,7 +71,7 @@ def warnings_of(analysis: Analysis, own: eager.Eager) -> list[str]:
         )
     elif captured.batch_note:
         warnings.append(f"the batch size is fixed at {captured.batch}: {captured.batch_note}")
-    if own.reason:
+    if own.reason and not _is_graph(analysis.model):
         warnings.append(f"the result is the graph as a module, not {type(analysis.model).__name__}: {own.reason}")
     if own.module is not None:
         fault = eager.training_fault(own.module, analysis.model, analysis.types)
@@ -83,6 +84,11 @@ def warnings_of(analysis: Analysis, own: eager.Eager) -> list[str]:
         names = ", ".join(sorted({cause.op for cause in analysis.frozen}))
         warnings.append(f"channels were left alone around {names}")
     return warnings
+
+
+def _is_graph(model: nn.Module) -> bool:
+    """Whether a model came from a file that holds a graph: there is no class of the user's to miss."""
+    return isinstance(model, GraphModule) or getattr(type(model), "holds_a_graph", False)
 
 
 def report_of(

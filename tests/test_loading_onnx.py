@@ -240,6 +240,18 @@ def test_our_own_file_is_read_compressed_and_written_again(tmp_path: Path) -> No
     assert (slim.report.verification.moved or 0) > 1e-3
 
 
+def test_nobody_misses_the_class_of_a_file(tmp_path: Path) -> None:
+    depthwise = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+    x = torch.randn(2, 3, 8, 8)
+    slimc.compress(depthwise.eval(), x, flops=0.9, round_to=1, recover="none").save(tmp_path / "slim")
+    for name in ("model.onnx", "model.pt2"):
+        slim = slimc.compress(load(str(tmp_path / "slim" / name)).model, x, flops=0.6, round_to=1, recover="none")
+        assert slim.module is slim.graph  # the number of groups is written in the file
+        assert slim.report.warnings == ()
+
+
 def test_a_fixed_batch_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     nodes = [helper.make_node("Reshape", ["x", "s"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]

@@ -72,6 +72,8 @@ def operator(*names: str) -> Callable[[Operator], Operator]:
 class OnnxModule(nn.Module):
     """A network read from an ONNX file; parameters and buffers have the names that the file gives them."""
 
+    holds_a_graph = True
+
     def __init__(
         self, steps: Sequence[Step], inputs: Sequence[str], outputs: Sequence[str], constants: Mapping[str, Array]
     ) -> None:
