@@ -398,3 +398,15 @@ def test_a_class_that_cannot_take_the_sizes_is_sent_to_the_program(tmp_path: Pat
     folder = compressed(net(hard_coded=True)).save(tmp_path / "out")
     with pytest.raises(PlanError, match=r"Net cannot take the sizes of this plan \(.*torch\.export\.load"):
         slimc.load(folder, Net(hard_coded=True))
+
+
+def test_names_that_files_cannot_hold_are_replaced(tmp_path: Path) -> None:
+    class Nameless(Net):
+        def forward(self, x: Tensor) -> Any:
+            return {"": super().forward(x)}
+
+    slim = slimc.compress(Nameless().eval(), X, flops=0.5, round_to=1, recover="none", name="not utf-8: \udcff")
+    slim.save(tmp_path / "out")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    assert [value.name for value in session.get_outputs()] == ["output"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["model"] == "not utf-8: ?"

@@ -246,7 +246,7 @@ def _path_name(path: Iterable[Any]) -> str:
     parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
     if not parts or parts[0].isdigit():
         parts.insert(0, "output")
-    return re.sub(r"\W+", "_", "_".join(parts))
+    return re.sub(r"\W+", "_", "_".join(parts)) or "output"  # ONNX takes no empty names
 
 
 def _unused(name: str, used: set[str], current: str) -> str:

@@ -79,7 +79,7 @@ def render_html(report: Report) -> str:
 
 def write_html(report: Report, path: Path) -> None:
     """Write report.html."""
-    path.write_text(render_html(report), encoding="utf-8")
+    path.write_text(render_html(report), "utf-8", "replace")
 
 
 def verdict(row: Latency) -> str:

@@ -322,7 +322,7 @@ class Report:
 
     def write_json(self, path: Path) -> None:
         """Write report.json."""
-        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8", "replace")
 
     @classmethod
     def read_json(cls, path: str | Path) -> Report:
