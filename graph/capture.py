@@ -143,6 +143,7 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
     model.eval()
     given = Example.of(inputs)
     _check_devices(model, given)
+    _check_names(model)
     with torch.no_grad(), tensors_only(model), buffers_kept(model):
         with buffers_kept(model):  # what is captured is the model as it was given
             _run(model, given)
@@ -369,6 +370,15 @@ def _check_devices(model: nn.Module, example: Example) -> None:
         if devices and tensor.device not in devices:
             raise UsageError(
                 f"the example input is on {tensor.device} but the model on {devices.pop()}; move one of them"
+            )
+
+
+def _check_names(model: nn.Module) -> None:
+    # torch writes names into the code of a graph as they are.
+    for name in model.state_dict():
+        if any(sign in name for sign in '"\\\n\r'):
+            raise CaptureError(
+                f"{name!r}: names with quotes, backslashes or line breaks cannot be captured; rename the module"
             )
 
 

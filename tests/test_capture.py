@@ -145,3 +145,11 @@ def test_regions_without_gradients_are_part_of_the_graph() -> None:
     analysis = analyse(model, inputs)
     assert not analysis.types.unknown
     assert not any("wrap_with" in str(node.target) for node in analysis.captured.module.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb"])
+def test_names_that_torch_cannot_write_down_are_refused(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 8))
+    with pytest.raises(CaptureError, match="names with quotes, backslashes or line breaks"):
+        capture(model, torch.randn(2, 4))
