@@ -107,7 +107,6 @@ def schedule(
     )
     with stages.stage("data"):
         _check_data(analysis, data, val, test, loss, metric)
-    with stages.stage("rewrite"):
         as_graph = _trains_as_graph(analysis, round_to == "auto", alignment, ignored, recipe or Recipe(), loss)
     if as_graph:
         notes.append("trained without the layers that only training uses, since these keep their sizes")
