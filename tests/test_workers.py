@@ -55,6 +55,8 @@ run = slimc.schedule(
 slim = run.result
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     slim.save(sys.argv[1])
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 HEADED = """
 import torch
@@ -74,6 +76,7 @@ for phase in run:
         torch.distributed.broadcast(first, 0)
         assert torch.equal(first, tensor), name
 assert run.result.report.verification.passed
+torch.distributed.destroy_process_group()  # else its threads may outlive the process
 """
 
 
