@@ -115,10 +115,6 @@ class Inference:
         name = self._first.get(node)
         return self._values[node] if name is None else self.made(name)
 
-    def tensor_name(self, node: Node) -> str | None:
-        """The parameter or buffer that a node reads, by the name that comes first in the model."""
-        return self._first.get(node)
-
     def axes(self, node: Any) -> Axes:
         """The axes of a tensor argument."""
         value = self.value(node)
