@@ -361,7 +361,7 @@ def _run(model: nn.Module, example: Example) -> None:
 
 
 def _check_devices(model: nn.Module, example: Example) -> None:
-    devices = {tensor.device for tensor in model.state_dict().values()}
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise CaptureError(
             f"the model is spread over several devices ({', '.join(sorted(map(str, devices)))}); move it to one"

@@ -188,18 +188,19 @@ def apply(
     stages, wanted = Stages(progress), recovery.asked(recover)
     if not isinstance(plan, Plan):
         raise UsageError(f"plan is a {type(plan).__name__}; give a Plan, such as slimc.Plan.load(path)")
+    method = plan.method
+    numbers = [value if isinstance(value := method.get(key), int) else 1 for key in ("round_to", "seed")]
+    seed = numbers[1]
+    check_seed(seed)
     analysis = analyse(model, example_inputs, stages, device)
     with stages.stage("plan"):
         cut = Cut(analysis.types, plan.alive(analysis.types))
-    method = plan.method
     scorer = method.get("scorer", "plan")
-    numbers = [value if isinstance(value := method.get(key), int) else 1 for key in ("round_to", "seed")]
     chosen = Method(None if scorer is None else str(scorer), str(method.get("schedule", "plan")), *numbers)
     facts = {
         "targets": plan.targets, "method": method, "versions": versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip
     slim = build(analysis, cut, facts, {}, chosen, stages, [], name)
-    seed = numbers[1]
     calibration = gather(analysis, data, samples, seed, stages) if wanted else None
     if calibration and (steps := recovery.possible(wanted, calibration)):
         slim.fit(steps, calibration, _beside(analysis, data, calibration, seed, stages))
@@ -231,10 +232,15 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
             f"Load the network with torch.export.load({str(folder / 'model.pt2')!r}) instead."
         )
     weights = safetensors.load(folder / "model.safetensors")
-    state = model.state_dict()
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     buffers = dict(model.named_buffers(remove_duplicate=False))
     # Buffers that are saved nowhere are made by the class, and cut here.
     sliced = plan.apply({**buffers, **state})
+    if foreign := sorted(weights.keys() - state.keys()):
+        raise PlanError(
+            f"{folder / 'model.safetensors'} holds {foreign[0]}, which {type(model).__name__} does not have: the model "
+            "given is of another architecture than the one that was compressed"
+        )
     for tensor_name in state:
         tensor = sliced[tensor_name]
         found = weights.get(tensor_name)

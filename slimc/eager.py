@@ -70,7 +70,7 @@ def set_attributes(module: nn.Module, attributes: Attributes) -> None:
         own = vars(modules[path]) if path in modules else {}
         for name, value in values.items():
             new = tuple(value) if isinstance(value, list) else value
-            if not (_is_size(new) and _is_size(own.get(name)) and isinstance(new, type(own[name]))):
+            if not (_is_size(new) and _is_size(own.get(name)) and _is_at_most(new, own[name])):
                 raise PlanError(
                     f"attributes of the plan: {path or type(module).__name__} has no size {name!r} that {value!r} "
                     "could take the place of"
@@ -81,6 +81,13 @@ def set_attributes(module: nn.Module, attributes: Attributes) -> None:
 def _is_size(value: Any) -> bool:
     numbers = value if isinstance(value, tuple) else (value,)
     return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+
+
+def _is_at_most(new: Any, old: Any) -> bool:
+    """Whether a size, or each of several, is left as it was or shrinks to 1 or more."""
+    if isinstance(new, tuple) and isinstance(old, tuple):
+        return len(new) == len(old) and all(map(_is_at_most, new, old))
+    return isinstance(new, type(old)) and (new == old or 1 <= new < old)
 
 
 def _names(types: Types) -> list[str]:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -159,7 +160,7 @@ class Plan:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1) or list(known)[:1]
                 raise PlanError(f"there is no group {name}" + (f"; did you mean {close[0]}?" if close else ""))
-            group, kept = known[name], sorted(int(channel) for channel in channels)
+            group, kept = known[name], _positions(name, channels)
             if len(kept) < group.floor:
                 raise PlanError(f"{name} would keep none of its {group.width} channels; at least 1 is needed")
             if len(set(kept)) < len(kept) or (kept and not 0 <= kept[0] <= kept[-1] < group.width):
@@ -240,9 +241,11 @@ def weights_sha256(model: nn.Module) -> str:
     """Hash of names, shapes, types and bytes of all weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # of get_extra_state
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         data = tensor.detach().cpu().contiguous()
-        digest.update(memoryview(data.reshape(-1).view(_bytes_of(data)).numpy()) if data.numel() else b"")
+        digest.update(data.reshape(-1).view(_bytes_of(data)).numpy().data if data.numel() else b"")
     return digest.hexdigest()
 
 
@@ -288,10 +291,19 @@ def _axes(name: str, axes: Any, source: str) -> dict[int, list[int]]:
     result = {}
     for axis, indices in axes.items():
         whole = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
-        if not re.fullmatch("[0-9]{1,3}", str(axis)) or not whole:
+        if not re.fullmatch("0|[1-9][0-9]{0,2}", str(axis)) or not whole:
             raise PlanError(f"{source}: {name}, axis {axis!r}: wanted an axis number and a list of whole numbers")
         result[int(axis)] = indices
     return result
+
+
+def _positions(name: str, channels: Sequence[int]) -> list[int]:
+    try:
+        if any(isinstance(channel, bool | np.bool_) for channel in channels):
+            raise TypeError
+        return sorted(operator.index(channel) for channel in channels)
+    except TypeError:
+        raise PlanError(f"{name}: channels are positions, as whole numbers; got {channels!r}") from None
 
 
 def _check_indices(name: str, axis: int, indices: list[int], shape: list[int]) -> None:

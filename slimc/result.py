@@ -93,8 +93,8 @@ class Compressed:
         """Weights under the names of the user's own class, whatever `module` is."""
         self.synchronise()
         if self.module is not self.graph:
-            return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
-        state: dict[str, Tensor] = dict(self.analysis.model.state_dict())
+            return {name: tensor.detach() for name, tensor in _tensors(self.module).items()}
+        state = _tensors(self.analysis.model)
         named = {name: attribute(self.graph, name) for name in dict(self.graph.state_dict())}
         return {name: named.get(name, tensor).detach() for name, tensor in state.items()}
 
@@ -290,11 +290,16 @@ def _check_alike(module: nn.Module, graph: nn.Module, weights: Mapping[str, Tens
             )
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module without what get_extra_state adds to it."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
 def _copy_tensors(source: nn.Module, target: nn.Module) -> None:
     """Copy tensors of the same name that are not shared any more: moving a module to a device parts them."""
-    state = source.state_dict()
+    state = _tensors(source)
     with torch.no_grad():
-        for name, tensor in target.state_dict().items():
+        for name, tensor in _tensors(target).items():
             if name in state and state[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(state[name])
 

@@ -38,14 +38,17 @@ def test_torchvision_models_are_built_with_random_weights_that_are_said(
     assert any("weights are random" in note for note in loaded.notes)
 
 
-@pytest.mark.parametrize(("name", "shape"), [("inception_v3", (3, 299, 299)), ("r3d_18", (3, 16, 112, 112))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("inception_v3", (3, 299, 299)), ("r3d_18", (3, 16, 112, 112)), ("s3d", (3, 16, 224, 224))],
+)
 def test_other_input_shapes_are_known(name: str, shape: tuple[int, ...]) -> None:
     from slimc.loading import builders
 
     with torch.device("meta"):
         options = {"init_weights": False} if name == "inception_v3" else {}
         model = torchvision_models.get_model(name, weights=None, **options)
-    assert builders.torchvision_input(name, model) == shape
+    assert builders.torchvision_input(model) == shape
 
 
 def test_two_builds_are_the_same_model() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import pickle
 import shutil
+import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,3 +315,105 @@ def test_allow_lists_of_other_libraries_are_neither_used_nor_lost(tmp_path: Path
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+def test_a_folder_that_is_named_like_a_library_is_not_imported_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "transformers" / "models"
+    folder.mkdir(parents=True)
+    (tmp_path / "transformers" / "__init__.py").touch()
+    (folder / "__init__.py").touch()
+    (folder / "net.py").write_text(
+        "import pathlib, torch\npathlib.Path('marker').touch()\nclass Net(torch.nn.Linear): pass\n"
+    )
+    file = with_pickle(tmp_path, b"\x80\x02ctransformers.models.net\nNet\n)\x81.")
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(LoadError, match="transformers"):
+        load(file)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_an_allowed_function_is_not_called_with_what_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "allowed_helpers.py").write_text(
+        "import os\ndef shell(command, x):\n    os.system(command)\n    return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    shell = importlib.import_module("allowed_helpers").shell
+    layer: Any = nn.TransformerEncoderLayer(8, 2, 16)
+    layer.activation = shell
+    torch.save(layer, tmp_path / "held.pt")
+    held: Any = load(str(tmp_path / "held.pt"), allow=["allowed_helpers"]).model
+    assert held.activation is shell
+    layer.activation = functools.partial(shell, "echo")
+    torch.save(layer, tmp_path / "partial.pt")
+    with pytest.raises(LoadError, match=r"partial of allowed_helpers\.shell"):
+        load(str(tmp_path / "partial.pt"), allow=["allowed_helpers"])
+    layer.activation = functools.partial(nn.functional.gelu, approximate="tanh")
+    torch.save(layer, tmp_path / "known.pt")
+    known: Any = load(str(tmp_path / "known.pt")).model
+    assert known.activation.keywords == {"approximate": "tanh"}
+
+
+@pytest.mark.parametrize("kind", [set, frozenset, Counter, torch.Size])
+def test_a_few_bytes_that_stand_for_a_long_range_are_refused(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"model": nn.Linear(2, 2), "x": Reduced(kind, (Reduced(range, (2, 5)),))}, path)
+    with pytest.raises(LoadError, match="range"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_a_number_that_stands_for_as_many_bytes_is_refused(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"model": nn.Linear(2, 2), "x": Reduced(kind, (5,))}, path)
+    with pytest.raises(LoadError, match=rf"builtins\.{kind.__name__}"):
+        load(str(path))
+
+
+def test_messages_stay_short_where_a_file_shares_parts(tmp_path: Path) -> None:
+    doubled = b"X\x01\x00\x00\x00a" + b"q\x01h\x01\x86" * 18
+    with pytest.raises(LoadError) as refused:
+        load(with_pickle(tmp_path, b"\x80\x02" + doubled + b"Q."))
+    assert len(str(refused.value)) < 1_000
+
+
+@pytest.mark.parametrize("version", [None, b"abc"])
+def test_an_archive_with_a_damaged_version_is_refused_in_words(version: bytes | None, tmp_path: Path) -> None:
+    path, copy = tmp_path / "model.pt", tmp_path / "other.pt"
+    torch.save(nn.Linear(2, 2), path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w") as target:
+        for info in source.infolist():
+            content = source.read(info)
+            if info.filename.endswith("/version"):
+                if version is None:
+                    continue
+                content = version
+            target.writestr(info.filename, content)
+    with pytest.raises(LoadError, match="torch cannot read it"):
+        load(str(copy))
+
+
+def test_a_name_that_torch_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="in a way that no saved model does"):
+        load(with_pickle(tmp_path, b"\x80\x02ctorch.nn.modules.linea\\x72\nIdentity\n)\x81."))
+
+
+def test_a_bare_module_hidden_in_a_list_is_refused(tmp_path: Path) -> None:
+    model: Any = nn.Identity()
+    model.others = [nn.Identity.__new__(nn.Identity)]
+    torch.save(model, tmp_path / "model.pt")
+    with pytest.raises(LoadError, match=r"others\.0 .*has no table _modules"):
+        load(str(tmp_path / "model.pt"))
+
+
+def test_a_storage_of_no_known_type_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(nn.Linear(2, 2), path)
+    copy = rewritten(path, lambda name, content: content.replace(b"FloatStorage", b"FloatTensor"))
+    with pytest.raises(LoadError, match=r"said to be a torch\.FloatTensor"):
+        load(copy)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimc.errors import LoadError
 from slimc.loading import load
@@ -294,3 +294,31 @@ def test_sizes_that_are_more_than_arithmetic_are_refused(text: str, dynamic: Pat
     path = edited(dynamic, tmp_path / "net.pt2", PROGRAM, lambda program: first_size(program).update(expr_str=text))
     with pytest.raises(LoadError, match="not an arithmetic expression"):
         load(path)
+
+
+def test_names_that_are_no_identifiers_are_read(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleDict({"a/b": nn.Linear(4, 8), "c d": nn.Linear(8, 3)})
+
+        def forward(self, x: dict[str, Tensor]) -> dict[Any, Tensor]:
+            h = self.blocks["a/b"](x["k-1"])
+            return {"0": self.blocks["c d"](h), 0: h, "a-b": h.sum()}
+
+    example = {"k-1": torch.randn(2, 4)}
+    path = tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(Named().eval(), (example,)), path)
+    found = load(str(path)).model(example)
+    assert list(found) == ["0", 0, "a-b"]
+
+
+def test_arguments_by_name_are_identifiers(genuine: Path, tmp_path: Path) -> None:
+    spec = (
+        '[1, {"type": "builtins.tuple", "context": "null", "children_spec": ['
+        '{"type": "builtins.tuple", "context": "null", "children_spec": []}, '
+        '{"type": "builtins.dict", "context": "[\\"x): pass\\"]", "children_spec": []}]}]'
+    )
+    edit = lambda v: v["graph_module"]["module_call_graph"][0]["signature"].update(in_spec=spec)  # noqa: E731
+    with pytest.raises(LoadError, match="would become source text"):
+        load(edited(genuine, tmp_path / "net.pt2", PROGRAM, edit))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from slimc.errors import LoadError, UsageError
@@ -159,3 +160,48 @@ def test_a_safetensors_header_longer_than_the_file_is_refused(tmp_path: Path) ->
 def test_an_architecture_that_is_none_says_the_forms(arch: str, model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="torchvision:resnet50"):
         load(written(model.state_dict(), tmp_path), arch=arch)
+
+
+def test_tied_weights_that_are_stored_once_are_found_under_each_name(tmp_path: Path) -> None:
+    (tmp_path / "tied_net.py").write_text(
+        "from torch import nn\n"
+        "class Tied(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)\n"
+        "        self.b.weight = self.a.weight\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        model = importlib.import_module("tied_net").Tied()
+        save_model(model, str(tmp_path / "tied.safetensors"))
+        loaded = load(str(tmp_path / "tied.safetensors"), arch="tied_net:Tied")
+    assert_same(loaded.model, model)
+
+
+def test_an_attribute_that_is_called_as_a_wrapper_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "wrapped_net.py").write_text(
+        "from torch import nn\n"
+        "class Wrapped(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.module = nn.Linear(4, 4)\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        model = importlib.import_module("wrapped_net").Wrapped()
+        loaded = load(written(model.state_dict(), tmp_path), arch="wrapped_net:Wrapped")
+    assert_same(loaded.model, model)
+
+
+def test_averaged_weights_are_read_without_their_counter(model: nn.Module, tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for value in (averaged.state_dict(), {"model_ema": averaged.state_dict()}):
+        torch.save(value, tmp_path / "averaged.pt")
+        assert_same(load(str(tmp_path / "averaged.pt"), arch=ARCH).model, model)
+
+
+def test_what_torchvision_sets_beside_its_weights_is_said(tmp_path: Path) -> None:
+    state = torchvision_models.googlenet(weights=None, init_weights=False).state_dict()
+    loaded = load(written(state, tmp_path), arch="torchvision:googlenet")
+    assert any("transform_input=False" in note for note in loaded.notes)

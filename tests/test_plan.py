@@ -111,6 +111,7 @@ def test_the_file_says_what_the_interface_promises(slim: slimc.Compressed, tmp_p
         ('{"kept": {"a": {"x": [0]}}}', "axis 'x'"),
         ('{"kept": {"a": {"-1": [0]}}}', "axis '-1'"),
         ('{"kept": {"a": {"²": [0]}}}', "axis '²'"),
+        ('{"kept": {"a": {"0": [0], "00": [1]}}}', "axis '00'"),
         ('{"kept": {"a": {"' + "1" * 5000 + '": [0]}}}', "wanted an axis number"),
         ("[" * 200_000, "is no JSON"),
         ('{"kept": {"a": {"0": 3}}}', "a list of whole numbers"),
@@ -228,11 +229,13 @@ def test_a_group_is_edited_with_all_that_goes_with_it(slim: slimc.Compressed) ->
 
 
 @pytest.mark.parametrize(
-    ("channels", "said"), [([], "keep none of its 8"), ([0, 8], "from 0 to 7"), ([-1], "from 0"), ([1, 1], "each once")]
-)
-def test_channels_that_a_group_does_not_have_are_refused(
-    slim: slimc.Compressed, channels: list[int], said: str
-) -> None:
+    ("channels", "said"),
+    [
+        ([], "keep none of its 8"), ([0, 8], "from 0 to 7"), ([-1], "from 0"), ([1, 1], "each once"),
+        ([1.9], "whole numbers"), ([True], "whole numbers"), (["a"], "whole numbers"), (3, "whole numbers"),
+    ],
+)  # fmt: skip
+def test_channels_that_a_group_does_not_have_are_refused(slim: slimc.Compressed, channels: Any, said: str) -> None:
     analysis = slimc.inspect(residual(), INPUT)
     name = next(g.name for g in analysis.groups if g.width == 8)
     with pytest.raises(PlanError, match=said):

@@ -372,6 +372,8 @@ def test_loading_refuses_what_does_not_fit(saved: Path, tmp_path: Path) -> None:
         ({"": {"training": 3}}, "no size 'training'"),
         ({"": {"new": 3}}, "no size 'new'"),
         ({"no.such": {"out_channels": 3}}, "no.such has no size"),
+        ({"head": {"out_features": -5}}, "no size 'out_features'"),
+        ({"head": {"out_features": 10**30}}, "no size 'out_features'"),
     ],
 )
 def test_attributes_that_are_no_sizes_are_refused(
@@ -384,6 +386,32 @@ def test_attributes_that_are_no_sizes_are_refused(
     with pytest.raises(PlanError) as refused:
         slimc.load(folder, net())
     assert said in str(refused.value)
+
+
+def test_tensors_of_the_file_that_the_class_lacks_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    wide = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    slimc.compress(wide, torch.randn(2, 3), params=0.9, ignore=["4"], recover="none", round_to=1).save(folder)
+    shorter = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(PlanError, match=r"holds 4\.bias, which Sequential does not have"):
+        slimc.load(folder, shorter)
+
+
+def test_what_modules_save_beside_their_tensors_is_no_hindrance(tmp_path: Path) -> None:
+    class Counted(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: object) -> None:
+            raise AssertionError("not asked for")
+
+    def make() -> nn.Sequential:
+        return nn.Sequential(Counted(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    slim = slimc.compress(make(), torch.randn(2, 3), params=0.7, recover="none", round_to=1)
+    folder = slim.save(tmp_path / "out")
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(slimc.load(folder, make())(x), slim.module(x))
 
 
 def test_what_is_no_report_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def load(path: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise LoadError(f"{path}: is not a readable safetensors file ({error})") from error
+        raise LoadError(f"{path}: is not a readable safetensors file ({error}). Copy or download it again.") from error
     for name, first in metadata.items():
         if name not in tensors and first in tensors:
             tensors[name] = tensors[first]

@@ -146,8 +146,8 @@ def _pickled_part(
         return part, notes
     if not unsafe_pickle:
         check_structure(part, label)
-    library = type(part).__module__
-    shape = torchvision_input("", part) if library.startswith("torchvision.models.") else None
+    inner = _unwrapped(part)[0]
+    shape = torchvision_input(inner) if type(inner).__module__.startswith("torchvision.models.") else None
     return Loaded(part, path.stem, f"{path}, a pickled {type(part).__name__}", shape, "file", ()), notes
 
 

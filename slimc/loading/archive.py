@@ -100,6 +100,11 @@ def _check_directory(infos: list[zipfile.ZipInfo], length: int, label: str) -> N
                 f"{label}: entry {info.filename} is compressed ({info.compress_size} bytes become {info.file_size}). "
                 "torch.save never compresses, so the file was changed after saving. Save the model again."
             )
+        if info.compress_size != info.file_size:
+            raise LoadError(
+                f"{label}: entry {info.filename} has {info.compress_size} bytes and claims {info.file_size}. "
+                "Not loaded; copy or download the file again."
+            )
         if info.flag_bits & 0x1:
             raise LoadError(f"{label}: entry {info.filename} is encrypted. Save the model again without a password.")
         if info.filename in seen:

@@ -31,7 +31,7 @@ def check_structure(model: nn.Module, label: str) -> None:
     Such entries would run, or send the run astray, at the first forward; saved models do not need them.
     """
     _check_tree(model, label)
-    for path, module in _modules_anywhere(model):
+    for path, module in _modules_anywhere(model, label):
         where = f"{label}: {path or 'the model'} ({type(module).__name__})"
         for key, value in vars(module).items():
             _check_attribute(type(module), key, value, where)
@@ -96,7 +96,7 @@ def _children(module: nn.Module, path: str, label: str) -> Iterator[tuple[str, n
             yield name, child
 
 
-def _modules_anywhere(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _modules_anywhere(model: nn.Module, label: str) -> Iterator[tuple[str, nn.Module]]:
     """Every module that can be reached, also through lists, dictionaries, partials and plain objects."""
     seen: set[int] = set()
     waiting: list[tuple[str, Any]] = [("", model)]
@@ -106,6 +106,7 @@ def _modules_anywhere(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(value))
         if isinstance(value, nn.Module):
+            list(_children(value, path, label))  # its tables are what they should be
             yield path, value
         for key, part in _parts(value):
             waiting.append((f"{path}.{key}" if path else key, part))

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from slimc.errors import LoadError, UsageError
-from slimc.loading.pickled import project_on_path, weights_only_forced
+from slimc.loading.pickled import weights_only_forced
+from slimc.loading.policy import project_on_path
 
 RANDOM = "random initialisation"
 _RANDOM_NOTE = (
@@ -127,7 +128,7 @@ def _torchvision(name: str, pretrained: bool) -> Built:
         model,
         name,
         f"torchvision:{name}",
-        torchvision_input(name, model),
+        torchvision_input(model),
         RANDOM if weights is None else str(weights),
         (_RANDOM_NOTE,) if weights is None and pretrained else (),
     )
@@ -141,15 +142,16 @@ def _cached_weights(models: Any, name: str) -> Any:
     return next((weights for weights in ordered if (folder / Path(weights.url).name).is_file()), None)
 
 
-def torchvision_input(name: str, model: nn.Module) -> tuple[int, ...] | None:
+def torchvision_input(model: nn.Module) -> tuple[int, ...] | None:
     """Shape of one sample that a torchvision model was made for; None where it takes something else than an image."""
     family = type(model).__module__
     if ".detection" in family or ".optical_flow" in family:
         return None
+    kind = family.rpartition(".")[2]
     if ".video" in family:
-        side = 224 if name.startswith(("mvit", "swin3d", "s3d")) else 112
+        side = 112 if kind == "resnet" else 224
         return (3, 16, side, side)
-    if name == "inception_v3":
+    if kind == "inception":
         return (3, 299, 299)
     side = getattr(model, "image_size", 224)  # vision transformers fix it
     return (3, side, side) if isinstance(side, int) else (3, 224, 224)

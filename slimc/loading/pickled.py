@@ -9,7 +9,6 @@ import contextlib
 import io
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from slimc.errors import LoadError
 from slimc.loading import policy
 from slimc.loading.archive import Archive, open_archive
-from slimc.loading.scan import Call, Program, Storage, scan
+from slimc.loading.scan import Call, Program, Storage, scan, shortened
 
 _HEADER_ENTRIES = ("byteorder", "version", ".format_version", ".storage_alignment")
 _TYPED_STORAGE_BYTES = {
@@ -54,14 +53,16 @@ def checked_copy(archive: Archive, allow: Sequence[str]) -> tuple[Any, io.BytesI
 
 
 def _unpickle(copy: io.BytesIO, program: Program, allow: Sequence[str], label: str) -> Any:
-    with _no_safe_globals(), project_on_path():
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
-        torch.serialization.add_safe_globals([*policy.check(program, unknown, allow, label)])
-        copy.seek(0)
+    with _no_safe_globals():
         try:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
+            torch.serialization.add_safe_globals([*policy.check(program, unknown, allow, label)])
+            copy.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about protocols and storages: nothing that a user can act on
                 return torch.load(copy, map_location="cpu", weights_only=True)
+        except LoadError:
+            raise
         except Exception as error:  # torch and __setstate__ of any allowed class raise what they like
             raise LoadError(f"{label}: torch cannot read it: {_first_line(error)}. Save the model again.") from error
 
@@ -76,20 +77,6 @@ def _no_safe_globals() -> Iterator[None]:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
-
-
-@contextlib.contextmanager
-def project_on_path() -> Iterator[None]:
-    """Let the current folder be imported from, after everything else, as long as a user's code is looked up."""
-    here = os.getcwd()
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        yield
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
 
 
 @contextlib.contextmanager
@@ -109,7 +96,7 @@ def weights_only_forced(enabled: bool = True) -> Iterator[None]:
 
 def read_trusted(path: Path) -> Any:
     """Unpickle a file without any protection: whatever code it names, runs."""
-    with project_on_path(), weights_only_forced(enabled=False):
+    with policy.project_on_path(), weights_only_forced(enabled=False):
         try:
             return torch.load(path, map_location="cpu", weights_only=False)
         except Exception as error:  # the file's own code may raise anything
@@ -121,7 +108,10 @@ def _check_storages(storages: Sequence[Storage], archive: Archive) -> None:
         entry = f"data/{storage.key}"
         if entry not in archive.entries:
             raise LoadError(f"{archive.label}: the tensor data {entry} is missing. Copy or save the file again.")
-        needed = storage.elements * _TYPED_STORAGE_BYTES.get(storage.type.rpartition(".")[2].removesuffix("Storage"), 1)
+        kind = storage.type.rpartition(".")[2].removesuffix("Storage")
+        if kind not in _TYPED_STORAGE_BYTES:
+            raise LoadError(f"{archive.label}: {entry} is said to be a {storage.type}, which no saved tensor is.")
+        needed = storage.elements * _TYPED_STORAGE_BYTES[kind]
         if needed > archive.size(entry):
             raise LoadError(
                 f"{archive.label}: {entry} holds {archive.size(entry)} bytes and the file claims {needed}. Not loaded."
@@ -139,7 +129,7 @@ def _check_extent(call: Call, label: str) -> None:
         case (Storage() as storage, int(offset), tuple(size), tuple(stride), *_):
             shape, steps = _integers(size, label), _integers(stride, label)
         case _:
-            raise LoadError(f"{label}: a tensor is described as {arguments!r}. Save the model again.")
+            raise LoadError(f"{label}: a tensor is described as {shortened(arguments)}. Save the model again.")
     if len(shape) != len(steps) or offset < 0 or min((*shape, *steps), default=0) < 0:
         raise LoadError(f"{label}: a tensor over data/{storage.key} has shape {shape} and strides {steps}. Not loaded.")
     last = offset + sum((width - 1) * step for width, step in zip(shape, steps, strict=True))
@@ -153,7 +143,7 @@ def _check_extent(call: Call, label: str) -> None:
 
 def _integers(values: tuple[Any, ...], label: str) -> tuple[int, ...]:
     if any(not isinstance(value, int) for value in values):
-        raise LoadError(f"{label}: a tensor's shape is described as {values!r}. Save the model again.")
+        raise LoadError(f"{label}: a tensor's shape is described as {shortened(values)}. Save the model again.")
     return values
 
 

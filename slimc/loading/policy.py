@@ -6,17 +6,22 @@ called; functions may be held as attributes (an activation, say), never called; 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
+import os
+import re
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
+from torch.nn import functional
 
 from slimc.errors import LoadError
-from slimc.loading.scan import Call, Global, Program
+from slimc.loading.scan import Call, Global, Made, Program, shortened
 
 # Packages whose nn.Module subclasses may be named.
 MODULE_PACKAGES = (
@@ -56,11 +61,7 @@ _VALUE_CLASSES = frozenset(
 )
 
 # Functions that library models keep as attributes; they are held, not called.
-_HELD_FUNCTIONS = frozenset(
-    {f"torch.nn.functional.{name}" for name in ("relu", "relu6", "silu", "elu", "hardswish", "leaky_relu", "mish")}
-    | {f"torch._C._nn.{name}" for name in ("gelu", "softplus", "hardtanh")}
-    | {"torchvision.ops.boxes.box_iou", "torchvision.models.optical_flow.raft._pass_through_h"}
-)
+_HELD_FUNCTIONS = frozenset({"torchvision.ops.boxes.box_iou", "torchvision.models.optical_flow.raft._pass_through_h"})
 
 # Names that loading calls: with these arguments come tensors, containers and plain values, nothing else.
 _REBUILD = frozenset(
@@ -78,21 +79,24 @@ _REBUILD = frozenset(
 )
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _TENSOR_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
-_CALLED = _REBUILD | {
-    _FROM_TYPE,
-    "collections.OrderedDict",
-    "collections.Counter",
-    "builtins.set",
-    "builtins.frozenset",
-    "builtins.complex",
-    "builtins.slice",
-    "builtins.range",
-    "_codecs.encode",
-    "torch.Size",
-    "torch.device",
-    "torch.serialization._get_layout",
-    "functools.partial",
-}
+# Plain values that training scripts keep beside the weights: dates, paths, numbers of numpy.
+_BYTES = frozenset({"builtins.bytearray", "builtins.bytes"})
+_NUMPY = frozenset({"numpy.dtype", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar"})
+_NUMBER = re.compile(r"\('[biuf][1248]',\)")
+_PLAIN = (
+    _BYTES
+    | _NUMPY
+    | {f"datetime.{name}" for name in ("date", "datetime", "timedelta")}
+    | {f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")}
+)
+_CALLED = (
+    _REBUILD
+    | _PLAIN
+    | {f"builtins.{name}" for name in ("complex", "frozenset", "range", "set", "slice")}
+    | {f"collections.{name}" for name in ("Counter", "OrderedDict")}
+    | {f"torch.{name}" for name in ("Size", "device", "serialization._get_layout")}
+    | {_FROM_TYPE, "_codecs.encode", "functools.partial"}
+)
 
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers", "numpy")
 _QUANTIZED = "Quantized and quantization-aware modules are not supported: prune the float model, quantize afterwards."
@@ -125,6 +129,8 @@ def check(program: Program, unknown: Iterable[str], allow: Sequence[str], label:
     takes. Packages in ``allow`` are imported, which runs their code: the user asked for that by naming them.
     """
     known = {str(name): name for name in program.globals}
+    if strange := sorted(set(unknown) - known.keys()):
+        raise LoadError(f"{label}: names {strange[0]!r} in a way that no saved model does. Not loaded.")
     # the name that says most about what to do is refused first
     ordered = sorted(unknown, key=lambda name: (_advice_rank(known[name]), name))
     resolved = {name: _resolve(known[name], allow, label) for name in ordered}
@@ -133,12 +139,15 @@ def check(program: Program, unknown: Iterable[str], allow: Sequence[str], label:
     for held in program.built:
         if held not in resolved and held not in ("collections.OrderedDict", "functools.partial"):
             raise LoadError(f"{label}: sets the state of a {held}, which no saved model does. Not loaded.")
-    return [(value, name) for name, value in resolved.items()]
+    found = [(value, name) for name, value in resolved.items()]
+    if not _NUMPY.isdisjoint(resolved):  # torch asks for the class of each dtype
+        found += [(type(kind), f"numpy.dtypes.{type(kind).__name__}") for kind in map(np.dtype, "?bhilqBHILQefd")]
+    return found
 
 
 def _resolve(named: Global, allow: Sequence[str], label: str) -> Any:
     name = str(named)
-    if name in _VALUE_CLASSES or name in _HELD_FUNCTIONS:
+    if name in _VALUE_CLASSES | _PLAIN | _HELD_FUNCTIONS or _is_functional(named):
         return _lookup(named, label)
     if _advice(named):
         raise _refusal(named, label)
@@ -147,6 +156,29 @@ def _resolve(named: Global, allow: Sequence[str], label: str) -> Any:
     if _inside(named.module, allow):
         return _user_value(named, allow, label)
     raise _refusal(named, label)
+
+
+def _is_functional(named: Global) -> bool:
+    """Whether it is a public function of torch.nn.functional, of which some are written in C++."""
+    if named.module not in ("torch.nn.functional", "torch._C._nn"):
+        return False
+    value = getattr(sys.modules[named.module], named.name, None)
+    is_own = isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value.__module__ == named.module
+    return is_own and any(value is other for key, other in vars(functional).items() if not key.startswith("_"))
+
+
+@contextlib.contextmanager
+def project_on_path() -> Iterator[None]:
+    """Let the current folder be imported from, after everything else, as long as a user's code is looked up."""
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
 
 
 def _module_class(named: Global, label: str) -> type:
@@ -161,7 +193,8 @@ def _module_class(named: Global, label: str) -> type:
 
 
 def _user_value(named: Global, allow: Sequence[str], label: str) -> Any:
-    value = _lookup(named, label)
+    with project_on_path():  # only for what the user named: a file must not choose what is imported from there
+        value = _lookup(named, label)
     defined_here = _inside(str(getattr(value, "__module__", "")), allow)
     if not defined_here or not isinstance(value, type | types.FunctionType):
         raise _refusal(named, label)
@@ -189,6 +222,8 @@ def _lookup(named: Global, label: str) -> Any:
 def _check_call(call: Call, resolved: dict[str, Any], label: str) -> None:
     name = str(call.function)
     value = resolved.get(name)
+    if any(isinstance(part, Made) and part.by == "builtins.range" for part in call.arguments):
+        raise LoadError(f"{label}: gives a range to {name}, which could be endless. Not loaded.")
     if call.new:
         if not isinstance(value, type) or (issubclass(value, nn.Module) and call.arguments):
             raise LoadError(f"{label}: creates a {name} in a way that no saved model does. Not loaded.")
@@ -201,8 +236,29 @@ def _check_call(call: Call, resolved: dict[str, Any], label: str) -> None:
             "them, so the file was made by hand or by an object's own __reduce__. "
             "Save model.state_dict() from a source that you trust and give the architecture with --arch."
         )
+    if name == "functools.partial":
+        _check_partial(call, resolved, label)
+    is_strange = name in _BYTES and not all(isinstance(part, str | Made) for part in call.arguments)  # a length
+    if is_strange or (name == "numpy.dtype" and not _NUMBER.fullmatch(str(call.arguments[:1]))):
+        raise LoadError(f"{label}: makes {name} of {shortened(call.arguments)}, which no saved model does. Not loaded.")
     if name == _FROM_TYPE and not _rebuilds_plain_tensor(call.arguments):
-        raise LoadError(f"{label}: holds a tensor of a special class ({call.arguments[1:2]!r}). Save plain tensors.")
+        raise LoadError(
+            f"{label}: holds a tensor of a special class ({shortened(call.arguments[1:2])}). Save plain tensors."
+        )
+
+
+def _check_partial(call: Call, resolved: dict[str, Any], label: str) -> None:
+    """Refuse calls, prepared by the file, of the functions and plain classes of packages that the user allowed."""
+    function = call.arguments[0] if call.arguments else None
+    if not isinstance(function, Global) or str(function) in _VALUE_CLASSES or _is_functional(function):
+        return
+    value = resolved.get(str(function))
+    is_layer = isinstance(value, type) and issubclass(value, nn.Module)
+    if value is not None and not is_layer:
+        raise LoadError(
+            f"{label}: holds a functools.partial of {function}, so that the file would say what it is called with. "
+            "Make it a method or a small function, or save model.state_dict() and give the architecture with --arch."
+        )
 
 
 def _rebuilds_plain_tensor(arguments: tuple[Any, ...]) -> bool:

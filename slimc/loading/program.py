@@ -26,7 +26,8 @@ _OPERATOR = re.compile(
 )
 # reads a file that the program names; no network needs it
 _FORBIDDEN_OPERATORS = ("torch.ops.aten.from_file.",)
-_PATH = re.compile(r"[\w.\-]*", re.ASCII)
+_PATH = re.compile(r"[^\"'\\\x00-\x1f\x7f]*")
+"""torch writes names that are no identifiers into source between quotes."""
 _TREE_TYPES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 _REFUSED_KEYS = frozenset({"as_custom_obj", "custom_obj", "as_graph", "as_operator", "as_opaque", "as_complex"})
 _NAME_KEYS = frozenset({"name", "as_name"})
@@ -99,7 +100,7 @@ def _check_entry(key: str, value: Any, label: str) -> None:
     elif key == "expr_str":
         _check_expression(value, label)
     elif key in ("in_spec", "out_spec") and value:
-        _check_tree(parse(str(value).encode(), label), label)
+        _check_tree(parse(str(value).encode(), label), key, label)
 
 
 def _check_operator(target: str, label: str) -> None:
@@ -152,13 +153,17 @@ def _are_flags(keywords: list[ast.keyword]) -> bool:
     return all(isinstance(word.value, ast.Constant) and isinstance(word.value.value, bool) for word in keywords)
 
 
-def _check_tree(spec: Any, label: str) -> None:
-    """The nesting of inputs or outputs: tuples, lists and dictionaries with plain keys."""
+def _check_tree(spec: Any, key: str, label: str) -> None:
+    """The nesting of inputs or outputs: tuples, lists and dictionaries with plain keys.
+
+    Those of inputs by name, the second part of all inputs, become arguments of a function.
+    """
     match spec:
         case [1, {} as root]:
             waiting = [root]
         case _:
             raise LoadError(f"{label}: the nesting of inputs is described as {str(spec)[:80]!r}. Export again.")
+    named = root.get("children_spec", [])[1:] if key == "in_spec" else []
     while waiting:
         node = waiting.pop()
         kind, context = node.get("type"), node.get("context")
@@ -169,7 +174,10 @@ def _check_tree(spec: Any, label: str) -> None:
             )
         if kind in ("builtins.dict", "collections.OrderedDict") and context:
             for name in parse(str(context).encode(), label):
-                _check_identifier(name, label)
+                if any(node is part for part in named):
+                    _check_identifier(name, label)
+                elif not (type(name) is int or (isinstance(name, str) and _PATH.fullmatch(name))):
+                    raise LoadError(f"{label}: {name!r} is a key of an input or output; wanted text or a number.")
         waiting.extend(child for child in node.get("children_spec", []) if isinstance(child, dict))
 
 

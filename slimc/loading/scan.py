@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickletools
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,13 @@ def scan(stream: bytes, label: str) -> Program:
     return machine.program
 
 
+def shortened(value: Any) -> str:
+    """A description for messages: tuples that share parts are short in the file and endless when written out."""
+    short = reprlib.Repr()
+    short.maxlevel = 3
+    return short.repr(value)
+
+
 def _unknown_opcode(label: str, opcode: str, protocol: int) -> str:
     if protocol > 2:
         return (
@@ -152,7 +160,8 @@ class _Machine:
     def call(self, *, new: bool) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Global):
-            raise LoadError(f"{self.label}: the pickle calls something that is not a name ({function!r}). Not loaded.")
+            what = shortened(function)
+            raise LoadError(f"{self.label}: the pickle calls something that is not a name ({what}). Not loaded.")
         if not isinstance(arguments, tuple):
             raise LoadError(f"{self.label}: the pickle calls {function} without an argument list. Not loaded.")
         self.program.calls.append(Call(function, arguments, new))
@@ -163,7 +172,8 @@ class _Machine:
         target = self.stack[-1]
         # A second BUILD could replace __setstate__ by the first and so call what the file likes.
         if not isinstance(target, Made) or target.built:
-            raise LoadError(f"{self.label}: the pickle sets the state of {target!r} in a way that no saved model does.")
+            what = shortened(target)
+            raise LoadError(f"{self.label}: the pickle sets the state of {what} in a way that no saved model does.")
         target.built = True
         self.program.built.add(target.by)
 
@@ -172,7 +182,8 @@ class _Machine:
             case ("storage", Global() as kind, str(key), str(), int(elements)) if elements >= 0:
                 storage = Storage(key, str(kind), elements)
             case other:
-                raise LoadError(f"{self.label}: a tensor's storage is described as {other!r}. Save the model again.")
+                what = shortened(other)
+                raise LoadError(f"{self.label}: a tensor's storage is described as {what}. Save the model again.")
         self.program.storages.append(storage)
         self.stack.append(storage)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimc.detector import is_detector
 from slimc.errors import LoadError
 from slimc.loading.audit import check_kind
 from slimc.loading.builders import Built, build, construct_torchvision
@@ -35,14 +36,10 @@ class Difference:
 
 def read_safetensors(path: Path) -> StateDict:
     """Read a .safetensors file: its header is JSON and its tensors are bytes, so nothing can run."""
-    from safetensors.torch import load_file
+    from slimc.exporters.formats import safetensors
 
     _check_header(path)
-    try:
-        state: StateDict = load_file(str(path), device="cpu")
-    except Exception as error:  # SafetensorError comes from Rust and derives from Exception
-        raise LoadError(f"{path}: not a readable safetensors file ({error}). Copy or download it again.") from error
-    return state
+    return safetensors.load(path)  # tied weights under each of their names
 
 
 def _check_header(path: Path) -> None:
@@ -77,6 +74,8 @@ def cleaned(state: Mapping[str, Any], label: str) -> tuple[StateDict, tuple[str,
     notes: list[str] = []
     for name, tensor in tensors.items():
         check_kind(name, tensor, label)
+    if all(name.startswith("module.") or name == "n_averaged" for name in tensors):
+        tensors.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
     stripped = True
     while stripped:
         stripped = False
@@ -99,13 +98,32 @@ def fit(state: StateDict, arch: str, label: str) -> Built:
     if arch.startswith("torchvision:") and differences(state, built.model):
         built, notes = _adapted(state, built)
     found = differences(state, built.model)
+    for prefix in _WRAPPERS if found else ():  # of a class whose own attribute has that name
+        outer = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        if not differences(outer, built.model):
+            state, found, notes = outer, [], (*notes, f"the architecture has the prefix {prefix!r}: put back")
     if found and (inner := _without_common_prefix(state)) is not None and not differences(inner[1], built.model):
         notes = (*notes, f"stripped the prefix {inner[0]!r} from every name in the file")
         state, found = inner[1], []
     if found:
         raise LoadError(_describe(found, state, built, arch, label))
+    notes = (*notes, *_caveats(state, built))
     _fill(built.model, state)
     return replace(built, weights="file", notes=(*built.notes, *notes))
+
+
+def _caveats(state: StateDict, built: Built) -> Iterator[str]:
+    """What torchvision builds otherwise where it loads weights of its own, and a file does not tell."""
+    if getattr(built.model, "transform_input", None) is False:
+        yield (
+            f"{built.name} was built with transform_input=False; torchvision's own weights want True, which scales "
+            "their inputs (--arch package.module:factory builds it so)"
+        )
+    if is_detector(built.model) and built.model.state_dict().keys() - state.keys():
+        yield (
+            "the file has no counters of batch norms: if it was trained with FrozenBatchNorm2d, as torchvision's own "
+            "detectors, their eps may be another (--arch package.module:factory builds it so)"
+        )
 
 
 def _fill(model: nn.Module, state: StateDict) -> None:
