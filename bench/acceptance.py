@@ -6,6 +6,7 @@ Rows are written to a .jsonl file as they finish (--resume keeps those that are 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import re
@@ -67,6 +68,8 @@ class Row:
     stages: dict[str, float | None] = field(default_factory=dict)
     error: str | None = None
     failures: tuple[str, ...] = ()
+    machine: str = "not recorded"
+    date: str = ""
 
     @property
     def key(self) -> tuple[str, float, str]:
@@ -205,7 +208,11 @@ def render(rows: Sequence[Row], path: Path, notes: Sequence[str]) -> None:
         extra = ["## Latency, ONNX Runtime, batch 1", page.table(("model", "round to", "asked", "speed-up"), cells)]
     wrong = [f"- {r.model} at {r.budget:g}, round to {r.round_to}: {r.error or '; '.join(r.failures)}" for r in failed]
     extra += ["## Rows that do not hold", "\n".join(wrong)] if wrong else []
-    page.write(path, "Acceptance", [page.header(torch.get_num_threads()), *notes, summary, legend, body, *extra])
+    page.write(
+        path,
+        "Acceptance",
+        [page.header(torch.get_num_threads(), [*map(asdict, rows)]), *notes, summary, legend, body, *extra],
+    )
 
 
 def _cells(row: Row) -> list[str]:
@@ -253,6 +260,7 @@ def main() -> None:
                 continue
             with_onnx = options.all_onnx or round_to != "1" or budget == BUDGETS[1]
             row = run(name, budget, round_to, with_onnx, options.latency)
+            row = replace(row, machine=page.processor(), date=datetime.date.today().isoformat())
             rows.append(row)
             file.write(json.dumps(asdict(row)) + "\n")
             file.flush()

@@ -145,17 +145,18 @@ def write_page() -> None:
         header(rows=list(rows().values())),
         "",
         "Percent right on 10,000 validation pictures that nothing was fitted on, means over seeds. *cut*: right after",
-        "the removal; *recovered*: after recovery without labels on so many training pictures (0: none, pictures are",
+        "the removal; *left*: of the FLOPs, where as many or fewer were asked for (Torch-Pruning's by its own counter,",
+        "here by ours); *recovered*: after recovery without labels on so many training pictures (0: none, pictures are",
         "made up); *lost*: original minus recovered, in points; *fine-tuned*: after one epoch with labels (in",
         "brackets: of so many seeds). Any width (`--round-to 1`). Dates are those of the last row of each line.",
         "",
-        "| network | scorer | FLOPs | samples | recovery | seeds | original | cut | recovered | lost | fine-tuned "
-        "| date |",
-        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| network | scorer | FLOPs | left | samples | recovery | seeds | original | cut | recovered | lost "
+        "| fine-tuned | date |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for (network, scorer, budget, samples, recover), found in sorted(grouped.items(), key=lambda item: str(item[0])):
-        before, cut, recovered, tuned = (
-            _mean(row[k] for row in found) for k in ("before", "cut", "recovered", "finetuned")
+        before, cut, recovered, tuned, got = (
+            _mean(row[k] for row in found) for k in ("before", "cut", "recovered", "finetuned", "got")
         )
         lost = None if before is None or recovered is None else before - recovered
         numbers = " | ".join("–" if n is None else f"{n:.2f}" for n in (before, cut, recovered, lost, tuned))
@@ -163,9 +164,8 @@ def write_page() -> None:
         if 0 < seeds_tuned < len(found):
             numbers += f" ({seeds_tuned})"
         date = max(row["date"] for row in found)
-        lines.append(
-            f"| {network} | {scorer} | {budget:g} | {samples} | {recover} | {len(found)} | {numbers} | {date} |"
-        )
+        case = f"| {network} | {scorer} | {budget:g} | {got:.4f} | {samples} | {recover} | {len(found)} "
+        lines.append(f"{case}| {numbers} | {date} |")
     (RESULTS / "accuracy.md").write_text("\n".join(lines) + "\n")
 
 

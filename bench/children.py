@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import multiprocessing
 import os
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.page import processor
+
 Row = dict[str, Any]
 Measure = Callable[[str], Row]
 
@@ -20,6 +23,7 @@ def sweep(measure: Measure, wanted: list[str], results: Path, jobs: int, limit: 
     """A row per case, appended to a file of JSON lines as it is there."""
     print(f"{len(wanted)} models, {jobs} at a time", flush=True)
     for row in in_children(measure, wanted, jobs, limit):
+        row |= {"machine": processor(), "date": datetime.date.today().isoformat()}
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         yield row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -18,11 +19,12 @@ LIMIT = 90.0
 
 @dataclass(frozen=True)
 class Timed:
-    """One run: wall seconds, exit code, the last line of its error output."""
+    """One run: wall seconds, exit code, what was fitted after the cut, the last line of its error output."""
 
     model: str
     seconds: float
     exit_code: int
+    fitted_on: str
     message: str
 
     @property
@@ -38,19 +40,26 @@ def run(name: str, budget: float) -> Timed:
         start = time.perf_counter()
         done = subprocess.run([*command, "--out", f"{folder}/out"], capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - start
+        report = json.loads(Path(folder, "out", "report.json").read_text()) if not done.returncode else {}
     last = (done.stderr.strip().splitlines() or [""])[-1]
-    return Timed(name, seconds, done.returncode, last if done.returncode else "")
+    kept = [step["method"] for step in report.get("recovery") or () if step["kept"]]
+    fitted_on = f"{sum(report['calibration'][key] for key in ('fitted', 'judged'))} samples" if kept else "nothing"
+    return Timed(name, seconds, done.returncode, fitted_on, last if done.returncode else "")
 
 
 def render(rows: Sequence[Timed], budget: float, path: Path) -> None:
     """Draw the table."""
-    cells = [[r.model, f"{r.seconds:.1f}", str(r.exit_code), "yes" if r.holds else f"**no** {r.message}"] for r in rows]
+    cells = [
+        [r.model, r.fitted_on, f"{r.seconds:.1f}", str(r.exit_code), "yes" if r.holds else f"**no** {r.message}"]
+        for r in rows
+    ]
     note = (
         f"`slimc compress torchvision:NAME --flops {budget:g}`, once each, from the start of the process to its end: "
-        "loading, capture, cut, proof, every file, parity, latency of the original and the slim ONNX file, report. "
+        "loading, capture, cut, proof, recovery (on so many made-up samples as *fitted on* says), every file, parity, "
+        "latency of the original and the slim ONNX file, report. "
         f"{sum(r.holds for r in rows)} of {len(rows)} end within {LIMIT:g} s."
     )
-    body = page.table(("model", "seconds", "exit code", "in time"), cells)
+    body = page.table(("model", "fitted on", "seconds", "exit code", "in time"), cells)
     page.write(path, "The command line against the clock", [page.header(), note, body])
 
 

@@ -175,7 +175,7 @@ def render() -> None:
         PAGE,
         "Coverage",
         [
-            page.header().replace(" --render", ""),
+            page.header(rows=found),
             note,
             page.table(["source", "models", "run", "hold"], _by_source(found)),
             "Shortfalls:",

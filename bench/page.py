@@ -19,6 +19,7 @@ from slimc.exporters import machine
 RESULTS = Path(__file__).parent / "results"
 _LIBRARIES = ("torch", "torchvision", "torch-pruning", "onnx", "onnxruntime", "numpy")
 _RESAMPLES = 10_000
+_UNKNOWN = "not recorded"
 
 
 def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
@@ -55,7 +56,7 @@ def processor() -> str:
 def header(threads: int | None = None, rows: Sequence[Mapping[str, Any]] = ()) -> str:
     """Where, when and how: the lines that stand above every table.
 
-    rows: those of the table where they were measured one by one, perhaps not here: each names its machine.
+    rows: those of the table where they were measured one by one, perhaps not here: each names its machine and date.
     """
     here = machine.describe()
     found = [f"python {here.versions['python']}"]
@@ -70,10 +71,11 @@ def header(threads: int | None = None, rows: Sequence[Mapping[str, Any]] = ()) -
     script, date = _script(sys.argv[0]), datetime.date.today().isoformat()
     command = f"`python -m {shlex.join([script, *_arguments(sys.argv[1:])])}`"
     if rows:
-        date = max(row["date"] for row in rows)
+        date = max((row["date"] for row in rows if row.get("date")), default=_UNKNOWN)
         options = f"{script.replace('.', '/')}.py"
         command = f"`python -m {script}`, a few rows at a time; its options are at the top of {options}"
-        place = ", ".join(f"{name} ({count} rows)" for name, count in Counter(r["machine"] for r in rows).most_common())
+        machines = Counter(row.get("machine", _UNKNOWN) for row in rows)
+        place = ", ".join(f"{name} ({count} rows)" for name, count in machines.most_common())
     return "\n".join(
         [
             f"- Date: {date}",
