@@ -106,8 +106,8 @@ def write_page() -> None:
         "Fashion-MNIST, 512 unlabelled pictures, `obs` ranking by cost, `--recover reconstruct,bn`; batch 1, ONNX "
         "Runtime on the processor. Shares of the original's time are medians of paired ratios with bootstrap 95% "
         "intervals; the time of the cut by FLOPs is the target of the other. In brackets: points lost. The two shares "
-        "of the original's time are measured at different moments, which their intervals do not cover: where the machine "
-        "changes meanwhile, as in the rows of VGG-11, only *time against by FLOPs*, in turn, compares the cuts."
+        "of the original's time are measured at different moments, which their intervals do not cover: where the "
+        "machine changes meanwhile, as in the rows of VGG-11, only *time against by FLOPs*, in turn, compares the cuts."
     )
     page.write(
         page.RESULTS / "pace.md", "Latency targets",

@@ -132,8 +132,8 @@ def render(path: Path = page.RESULTS / "peer_zoo.md") -> None:
     middle = page.times(page.median_interval(ratios)) if ratios else "unknown"
     note = (
         f"Of {len(built)} models that could be built here slimc cuts {own}, Torch-Pruning {peers} (vision transformers "
-        f"of torchvision with the help of its own example), both {len(both)}. On those slimc's cut is {middle} times as "
-        "fast in the median (bootstrap 95% interval over "
+        f"of torchvision with the help of its own example), both {len(both)}. On those slimc's cut is {middle} times "
+        "as fast in the median (bootstrap 95% interval over "
         f"models), quicker on {sum(ratio > 1 for ratio in ratios)} of them, at most {max(0.0, slower):.2f} s slower. "
         "*slimc*: channel inference, scores, plan, new graph; *capture* stands apart, and so does the proof, which "
         "Torch-Pruning has not. *Torch-Pruning*: its dependency graph and one step; that its result is right was not "
