@@ -14,6 +14,9 @@ from typing import Any, NoReturn
 
 from slimc.errors import SlimcError
 
+_NO_MEMORY = "can't allocate memory"
+"""How torch says it, as a RuntimeError."""
+
 
 def _command() -> None:
     from slimc.cli import app  # takes half a second, in which an interrupt should end as it does later
@@ -67,10 +70,11 @@ def guarded(command: Callable[[], Any]) -> int:
             again = "A result appears whole or not at all; run the same command again to start over."
             print(f"slimc: interrupted. {again}", file=sys.stderr)
         return code
-    except MemoryError:
-        print("slimc: out of memory. Give a smaller example with --input, or run on a larger machine.", file=sys.stderr)
-        return 2
     except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
+            smaller = "Give a smaller example with --input, smaller batches to train with (--batch-size)"
+            print(f"slimc: out of memory. {smaller}, or run on a larger machine.", file=sys.stderr)
+            return 2
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             print(f"slimc: {error.strerror} ({error.filename or 'where standard output goes'}).", file=sys.stderr)
             return 2

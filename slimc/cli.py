@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +31,7 @@ from .options import (
     Out,
     Overwrite,
     Params,
+    PlanSeed,
     Quiet,
     Rate,
     Recover,
@@ -44,6 +44,7 @@ from .options import (
     Select,
     Setting,
     Size,
+    Still,
     Threads,
     UnsafePickle,
 )
@@ -132,7 +133,7 @@ def compress(
             "progress": console.progress,
         }  # fmt: skip
         if training is None or data is None:
-            batches = open_data(data, example) if data else None
+            batches = None if data is None else open_data(data, example)
             slim = compiler.compress(loaded.model, example, **options, **one_cut, data=batches, name=model)
             _finish(console, slim, folder, overwrite, no_onnx, no_latency, threads, loaded)
             return
@@ -160,7 +161,7 @@ def apply(
     unsafe_pickle: UnsafePickle = False,
     no_onnx: NoOnnx = False,
     no_latency: NoLatency = False,
-    seed: Seed = 0,
+    seed: PlanSeed = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -172,14 +173,15 @@ def apply(
         from .data import open_data
         from .plan import Plan
 
-        recovery.asked(recover)
+        if not recovery.asked(recover) and (data is not None or samples is not None):
+            raise UsageError("--data and --samples are for the fit after the cut: give --recover auto too")
         cut = Plan.load(plan)
         folder = _folder(out, model, overwrite)
-        loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed)
-        batches = open_data(data, example) if data else None
+        loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed or 0)
+        batches = None if data is None else open_data(data, example)
         slim = compiler.apply(
             loaded.model, cut, example,
-            recover=recover, data=batches, samples=samples, name=model, progress=console.progress,
+            recover=recover, data=batches, samples=samples, seed=seed, name=model, progress=console.progress,
         )  # fmt: skip
         _finish(console, slim, folder, overwrite, no_onnx, no_latency, threads, loaded)
 
@@ -195,7 +197,7 @@ def inspect(
     types: Annotated[bool, typer.Option("--types", help="the channel types of every value")] = False,
     seed: Seed = 0,
     as_json: Json = False,
-    quiet: Quiet = False,
+    quiet: Still = False,
 ) -> None:
     """Show what can be removed from MODEL, what is coupled, and what is frozen and why."""
     with Console(quiet, as_json, stages=4) as console:
@@ -204,6 +206,8 @@ def inspect(
 
         if as_json and (dot or types):
             raise UsageError("--json is a summary as data; leave out --dot and --types, or --json")
+        if dot and types:
+            raise UsageError("--dot and --types are two ways of showing the model: give one of them")
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, None, seed)
         analysis = compiler.inspect(loaded.model, example, progress=console.progress)
         if dot:
@@ -211,7 +215,7 @@ def inspect(
         elif types:
             print(analysis.dump(), end="")
         elif as_json:
-            print(json.dumps(inspection.summary(analysis, model), indent=2))
+            console.result(inspection.summary(analysis, model))
         else:
             console.inspection(inspection.summary(analysis, model))
 
@@ -230,7 +234,7 @@ def latency(
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
-    quiet: Quiet = False,
+    quiet: Still = False,
 ) -> None:
     """Measure one ONNX file, or two in turn, with a confidence interval of the ratio."""
     with Console(quiet, as_json) as console:
@@ -250,7 +254,7 @@ def latency(
         if provider != "all" and results[0].skipped is not None:
             raise UsageError(f"--provider {provider}: {results[0].skipped}")
         if as_json:
-            print(json.dumps([asdict(result) for result in results], indent=2, default=str))
+            console.result([asdict(result) for result in results])
         else:
             console.latency(results)
 
@@ -269,6 +273,7 @@ def demo(
     with Console(quiet, as_json, stages=12) as console:
         from .exporters.artifact import check_writable
 
+        _targets(flops=flops)
         overwrite = overwrite or out == _DEMO
         check_writable(out, overwrite)
         _threads(threads)
@@ -276,7 +281,7 @@ def demo(
 
         slim = run(out, flops=flops, seed=seed, threads=threads, overwrite=overwrite, progress=console.progress)
         if as_json:
-            print(json.dumps(slim.report.to_dict(), indent=2))
+            console.result(slim.report.to_dict())
         else:
             console.report(slim.report, out)
 
@@ -288,7 +293,7 @@ def methods(as_json: Json = False) -> None:
         from .inspection import methods as known
 
         if as_json:
-            print(json.dumps(known(), indent=2))
+            console.result(known())
         else:
             console.methods(known())
 
@@ -404,6 +409,6 @@ def _finish(
     slim.warn(loaded.notes)
     slim.save(folder, overwrite=overwrite, onnx=not no_onnx, latency=not no_latency, threads=threads)
     if console.as_json:
-        print(json.dumps(slim.report.to_dict(), indent=2))
+        console.result(slim.report.to_dict())
     else:
         console.report(slim.report, folder)

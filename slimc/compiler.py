@@ -175,22 +175,23 @@ def apply(
     recover: str | Sequence[str] = "none",
     data: Iterable[Any] | None = None,
     samples: int | None = None,
+    seed: int | None = None,
     device: str | torch.device | None = None,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
     """Make the same cut in another checkpoint of the same architecture, and prove it again.
 
-    recover, data, samples: as for `compress`, but nothing is fitted unless asked for. Raises PlanError naming the
-    first mismatch where the plan was made for another architecture, or was edited so that coupled indices no longer
-    go together.
+    recover, data, samples: as for `compress`, but nothing is fitted unless asked for. seed: the plan's unless given.
+    Raises PlanError naming the first mismatch where the plan was made for another architecture, or was edited so that
+    coupled indices no longer go together.
     """
     stages, wanted = Stages(progress), recovery.asked(recover)
     if not isinstance(plan, Plan):
         raise UsageError(f"plan is a {type(plan).__name__}; give a Plan, such as slimc.Plan.load(path)")
     method = plan.method
     numbers = [value if isinstance(value := method.get(key), int) else 1 for key in ("round_to", "seed")]
-    seed = numbers[1]
+    seed = numbers[1] if seed is None else seed
     check_seed(seed)
     analysis = analyse(model, example_inputs, stages, device)
     with stages.stage("plan"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +51,7 @@ class Console:
         self.quiet, self.as_json, self.stages = quiet, as_json, stages
         self._out = Rich(highlight=False, soft_wrap=False)
         self._err = Rich(stderr=True, highlight=False)
+        self._results = sys.stdout
         self._bar: Progress | None = None
         self._stage: tuple[str, float] | None = None
         self._cutting, self._cut_since = 0.0, 0.0
@@ -56,6 +59,8 @@ class Console:
         self._pace: tuple[float, float] | None = None
 
     def __enter__(self) -> Console:
+        if self.as_json:  # the result stands alone on stdout, whatever the user's code prints
+            self._results, sys.stdout = sys.stdout, sys.stderr
         return self
 
     def __exit__(
@@ -63,6 +68,12 @@ class Console:
     ) -> None:
         self._end_stage(failed=kind is not None)
         self._close()
+        if self.as_json:
+            sys.stdout = self._results
+
+    def result(self, value: Any) -> None:
+        """Data for --json."""
+        print(json.dumps(value, indent=2, default=str), file=self._results, flush=True)
 
     def progress(self, kind: str, text: str) -> None:
         """What a run tells: ("stage", name), ("done", name) at its end, ("target", sentence), ("note", sentence),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,20 +16,21 @@ from .datasets import fashion_mnist, image_folder, load_arrays, picture
 from .errors import UsageError
 from .graph.capture import Example
 
+_BATCH = 64
 _FORMS = "npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package.module:function"
 
 
-def open_data(text: str, like: Example, batch_size: int = 64) -> Iterable[Any]:
+def open_data(text: str, like: Example, batch_size: int | None = None) -> Iterable[Any]:
     """Read --data: `npz:FILE`, `fashion-mnist:DIR`, `imagefolder:DIR` or `package.module:function`.
 
-    The function takes nothing and returns an iterable of batches. like: the model's inputs, which say how large
-    pictures are. Pictures of an image folder are read as they are needed, without labels.
+    The function takes nothing and returns an iterable of batches, or (train, validation) as for training, of which the
+    first is read. like: the model's inputs, which say how large pictures are, and how many the model takes where it
+    takes so many only. Pictures of an image folder are read as they are needed, without labels.
     """
+    batch_size = batch_size or like.count * max(1, _BATCH // like.count)
     kind, _, rest = text.partition(":")
     if not kind or not rest:
-        raise UsageError(
-            f"--data {text}: wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package.module:function"
-        )
+        raise UsageError(f"--data {text}: wanted {_FORMS}")
     if kind == "npz":
         return _npz(Path(rest), batch_size, like)
     if kind == "fashion-mnist":
@@ -59,9 +61,29 @@ def _npz(path: Path, batch_size: int, like: Example) -> list[Any]:
 
 def _function(module: str, name: str) -> Iterable[Any]:
     batches = function_of(module, name)
+    if isinstance(batches, tuple | list) and 2 <= len(batches) <= 3 and all(map(_is_loader, batches)):
+        batches = batches[0]
     if not isinstance(batches, Iterable):
         raise UsageError(f"--data {module}:{name} returned {type(batches).__name__}; wanted an iterable of batches")
     return _read(batches, f"--data {module}:{name}")
+
+
+def _is_loader(part: Any) -> bool:
+    """Whether it gives batches, and is none."""
+    return isinstance(part, Iterable) and not isinstance(part, Tensor | tuple | list | Mapping | str | np.ndarray)
+
+
+class Readable:
+    """A loader of the user's that can be read again and again; errors in it are the user's."""
+
+    def __init__(self, batches: Iterable[Any], where: str) -> None:
+        self._batches, self._where = batches, where
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]  # TypeError where it does not say
+
+    def __iter__(self) -> Iterator[Any]:
+        return _read(self._batches, self._where)
 
 
 def _read(batches: Iterable[Any], where: str) -> Iterator[Any]:
@@ -86,6 +108,9 @@ def function_of(module: str, name: str) -> Any:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"--data {module}:{name} cannot be imported: {error}") from error
+    except Exception as error:  # the user's module may fail in any way while it is imported
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise UsageError(f"--data {module}:{name}: importing {module} fails with {said}") from error
     try:
         return found()
     except Exception as error:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ def _idx(path: Path, magic: int) -> Tensor:
     plain = path.with_suffix("")  # people unpack them
     try:
         content = plain.read_bytes() if plain.exists() else gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     axes = magic & 0xFF
     head = 4 * (1 + axes)
@@ -66,10 +69,21 @@ def image_folder(folder: Path, shape: tuple[int, ...]) -> list[Path]:
         raise UsageError(f"imagefolder:{folder}: the model takes {list(shape)} for each sample, which is no picture")
     if not folder.is_dir():
         raise UsageError(f"imagefolder:{folder} is no folder")
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    found = [path for path in _files(folder) if path.suffix.lower() in _SUFFIXES and path.is_file()]
     if not found:
         raise UsageError(f"imagefolder:{folder} holds no picture ({', '.join(sorted(_SUFFIXES))})")
     return sorted(found, key=lambda path: hashlib.sha256(str(path.relative_to(folder)).encode()).digest())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files at any depth, also behind links to folders; what is hidden (caches, checkpoints) apart."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        above = os.path.join(os.path.realpath(place), "")
+        folders[:] = [
+            name for name in folders
+            if not name.startswith(".") and not above.startswith(os.path.join(os.path.realpath(Path(place, name)), ""))
+        ]  # fmt: skip
+        yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 def picture(path: Path, shape: tuple[int, ...]) -> Tensor:
@@ -84,14 +98,17 @@ def picture(path: Path, shape: tuple[int, ...]) -> Tensor:
     channels, height, width = shape
     try:
         with Image.open(path) as image:
-            if image.mode in ("I", "F"):
+            is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+            if image.mode in ("I", "F") and not is_deep:
                 raise UsageError(f"{path} holds 32-bit values, whose range is not known; convert it to 8 or 16 bits")
-            if image.mode.startswith("I;16"):  # Pillow would take all above 255 for white
+            if is_deep:  # of 16 bits; Pillow would take all above 255 for white
                 whole: Image.Image = Image.fromarray((np.asarray(image, np.uint16) // 257).astype(np.uint8))
             else:
                 whole = image
             fitted = ImageOps.fit(whole.convert("RGB" if channels == 3 else "L"), (width, height))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # what a decoder raises on damaged files is of many kinds
         raise UsageError(f"{path} cannot be read as a picture: {error}") from error
     values = torch.from_numpy(np.asarray(fitted, np.float32).reshape(height, width, channels).transpose(2, 0, 1) / 255)
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (IMAGE_MEAN, IMAGE_STD))
@@ -106,7 +123,7 @@ def load_arrays(path: Path) -> dict[str, Tensor]:
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"input": loaded}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} cannot be read as .npz or .npy: {error}") from error
     if not arrays:
         raise UsageError(f"{path} holds no array")

@@ -49,7 +49,7 @@ def example_inputs(
         raise UsageError("--input: give one file with all inputs, or a shape for each input")
     if files:
         return _from_file(Path(files[0]), _names(model))
-    return Example(tuple(_tensor(text, generator, batch or _BATCH) for text in given), {})
+    return Example(tuple(_tensor(text, generator, batch) for text in given), {})
 
 
 def _names(model: nn.Module | None) -> list[str] | None:
@@ -72,7 +72,7 @@ def _from_file(path: Path, names: list[str] | None) -> Example:
     return Example((), dict(arrays))
 
 
-def _tensor(text: str, generator: torch.Generator, batch: int) -> Tensor:
+def _tensor(text: str, generator: torch.Generator, batch: int | None) -> Tensor:
     match = _SHAPE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"--input {text}: wanted a shape with its batch (1x3x224x224, 1x128:int64) or an .npz file")
@@ -82,7 +82,7 @@ def _tensor(text: str, generator: torch.Generator, batch: int) -> Tensor:
     sizes = [int(size) for size in re.split("[x,]", match["sizes"])]
     if 0 in sizes:
         raise UsageError(f"--input {text}: every size must be at least 1")
-    if len(sizes) > 1 and sizes[0] == 1:
+    if len(sizes) > 1 and sizes[0] == 1 and batch is not None:
         sizes[0] = batch
     if math.prod(sizes) > _MOST:
         raise UsageError(f"--input {text}: {math.prod(sizes):.3g} numbers are too large an example")

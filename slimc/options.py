@@ -9,12 +9,13 @@ import typer
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="model.pt, .safetensors, .pt2, .onnx, torchvision:NAME, timm:NAME, hf:PATH or package.module:factory")]  # fmt: skip  # noqa: E501
 Arch = Annotated[str | None, typer.Option(help="architecture of a file that holds weights only: torchvision:resnet50")]
-Allow = Annotated[list[str] | None, typer.Option(metavar="PKG", help="package whose classes a .pt file may use")]
+Allow = Annotated[list[str] | None, typer.Option(metavar="PKG", help="package whose code a .pt file may use")]
 UnsafePickle = Annotated[bool, typer.Option("--unsafe-pickle", help="unpickle MODEL without protection: the file can run any code")]  # fmt: skip  # noqa: E501
 Input = Annotated[list[str] | None, typer.Option(metavar="SHAPE|FILE", help="example input: 1x3x224x224, 1x128:int64 (repeat for several) or an .npz file")]  # fmt: skip  # noqa: E501
 Threads = Annotated[int | None, typer.Option(min=1, help="threads for computing and for the latency measurement")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no summary; errors only")]
+Still = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result in --out")]
 NoOnnx = Annotated[
     bool, typer.Option("--no-onnx", help="write no ONNX file: for models that torch cannot export to it")
@@ -26,12 +27,13 @@ Data = Annotated[str | None, typer.Option(help="samples to score and recover on:
 SamplesOption = Annotated[int | None, typer.Option("--samples", min=2, help="how many samples to use at most (default: up to 512, fewer for large models)")]  # fmt: skip  # noqa: E501
 Schedule = Annotated[str, typer.Option(help="how it is cut and trained; see `slimc methods`")]
 Epochs = Annotated[float | None, typer.Option(min=0.0, help="train with labels: passes over --data in all, fine-tuning included")]  # fmt: skip  # noqa: E501
-BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a training batch (default 128; digits: 64)")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a training batch (default 128; digits: 64); not for a function, which makes its own")]  # fmt: skip  # noqa: E501
 Rate = Annotated[float | None, typer.Option(help="peak learning rate (default: 0.05, 0.0005 with layer norms)")]
 Distil = Annotated[float, typer.Option(help="share of the training loss that draws to the original's outputs, 0 to 1")]
 Setting = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the schedule")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted training run (OUT-run)")]
 Seed = Annotated[int, typer.Option(min=0, max=2**62, help="seed of everything random")]
+PlanSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**62, help="seed of everything random (default: the plan's)")]  # fmt: skip  # noqa: E501
 Flops = Annotated[str | None, typer.Option(help="what may stay: 0.4, 40%, 1.6G (MACs of one sample), or the cut: -60%")]
 Params = Annotated[str | None, typer.Option(help="parameters that may stay: 0.4, 40%, 12M")]
 Size = Annotated[str | None, typer.Option(help="bytes of weights that may stay: 0.4, 20MB")]

@@ -247,6 +247,10 @@ def batch_of(item: Any, like: Example) -> Batch:
         item = item[0]
     if isinstance(item, Tensor) or (isinstance(item, Mapping) and like.args and isinstance(like.args[0], Mapping)):
         item = (item,)
+    names = [name for name, value in like.kwargs.items() if isinstance(value, Tensor)]
+    if isinstance(item, (tuple, list)) and item and not like.args and len(names) == 1:  # the only input needs no name
+        targets = None if len(item) == 1 else item[1] if len(item) == 2 else tuple(item[1:])
+        item = {names[0]: item[0]}
     # What is no tensor in the example (a flag, None) need not be in a batch.
     if isinstance(item, Mapping) and like.kwargs:
         missing = [name for name, value in like.kwargs.items() if isinstance(value, Tensor) and name not in item]

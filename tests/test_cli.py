@@ -112,12 +112,14 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_what_libraries_print_does_not_stand_beside_json(home: Path) -> None:
     (home / "noisy.py").write_text(
         "import ctypes\nfrom torch import nn\n\n\ndef make():\n"
-        "    ctypes.CDLL(None).printf(b'a library speaks\\n')\n    return nn.Linear(2, 3)\n"
+        "    ctypes.CDLL(None).printf(b'a library speaks\\n')\n    print('so does a function')\n"
+        "    return nn.Linear(2, 3)\n"
     )
     done = run(home, "inspect", "noisy:make", "--input", "1x2", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
     assert "a library speaks" in done.stderr
+    assert "so does a function" in done.stderr
 
 
 def test_json_is_one_document_on_stdout_and_the_report(result: tuple[Path, Any]) -> None:
@@ -273,6 +275,12 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "missing plan": (["apply", "model.pt", "none.json", *INPUT], 2, "none.json"),
     "broken plan": (["apply", "model.pt", "broken.json", *INPUT], 2, "broken.json is no JSON"),
     "data and a graph": (["inspect", "model.pt", *INPUT, "--json", "--dot"], 2, "--json is a summary as data"),
+    "a graph and types": (["inspect", "model.pt", *INPUT, "--dot", "--types"], 2, "two ways of showing"),
+    "data that nothing reads": (
+        ["apply", "model.pt", "none.json", *INPUT, "--data=npz:data.npz"], 2, "give --recover auto too",
+    ),
+    "an unset variable": (["compress", "model.pt", "--flops=0.5", *INPUT, "--data="], 2, "--data : wanted npz:FILE"),
+    "a demo of nothing": (["demo", "--flops=banana", "--out=new"], 2, "--flops banana"),
     "inspecting nothing": (["inspect", "nothing.pt"], 2, "nothing.pt"),
     "measuring nothing": (["latency", "nothing.onnx"], 2, "nothing.onnx"),
 }  # fmt: skip
@@ -330,6 +338,7 @@ def _raising(error: BaseException) -> Callable[..., None]:
         (VerificationError("the first node that differs is conv2d_3"), 4, "conv2d_3"),
         (KeyboardInterrupt(), 130, "interrupted. A result appears whole or not at all"),
         (MemoryError(), 2, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory"),
         (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError"),
     ],
 )

@@ -168,6 +168,7 @@ def test_a_function_of_the_users_own_package_gives_the_batches(tmp_path: Path, m
         "value = 3\n"
     )
     (tmp_path / "our_broken.py").write_text("import no_such_package\n")
+    (tmp_path / "our_files.py").write_text("open('no/such/labels.csv')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (batch,) = open_data("our_batches:batches", ONE)
@@ -179,6 +180,7 @@ def test_a_function_of_the_users_own_package_gives_the_batches(tmp_path: Path, m
         ("our_batches:broken", "ValueError: no disk"),
         ("our_broken:batches", "no_such_package"),
         ("no_such_module:batches", "cannot be imported"),
+        ("our_files:batches", "FileNotFoundError"),
     ):
         with pytest.raises(UsageError) as refused:
             open_data(name, ONE)
@@ -253,10 +255,12 @@ def test_pictures_of_16_bits_are_read_like_those_of_8(tmp_path: Path) -> None:
     grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
     Image.fromarray(grey).save(tmp_path / "8.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    (tmp_path / "16.pgm").write_bytes(b"P5 8 8 65535\n" + (grey.astype(">u2") * 257).tobytes())
     Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "float.tiff")
     for channels in (1, 3):
         shape = (channels, 8, 8)
-        torch.testing.assert_close(picture(tmp_path / "16.png", shape), picture(tmp_path / "8.png", shape))
+        for name in ("16.png", "16.pgm"):
+            torch.testing.assert_close(picture(tmp_path / name, shape), picture(tmp_path / "8.png", shape))
         with pytest.raises(UsageError, match=r"float\.tiff holds 32-bit values"):
             picture(tmp_path / "float.tiff", shape)
 
@@ -275,3 +279,45 @@ def test_an_archive_of_other_files_is_no_npz(tmp_path: Path) -> None:
         file.writestr("readme.txt", "no array")
     with pytest.raises(UsageError, match=r"no \.npz file: readme.txt"):
         load_arrays(tmp_path / "other.npz")
+
+
+def test_the_only_input_of_a_named_example_needs_no_name_in_a_batch() -> None:
+    like = Example((), {"pixels": X, "flag": True})
+    for batch in (X, (X,), [X, LABELS]):
+        assert torch.equal(only(batch, like).kwargs["pixels"], X)
+    (found,) = collect([(X, LABELS)], like).batches
+    assert found.targets is not None
+    assert torch.equal(found.targets, LABELS)
+    with pytest.raises(UsageError, match="wanted a dictionary with left, right"):
+        only((X, Y), NAMED)
+
+
+def test_loaders_for_training_give_what_they_train_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "both_loaders.py").write_text(
+        "import torch\nfrom torch.utils.data import DataLoader\n"
+        "def loaders():\n    return tuple(DataLoader(torch.full((4, 3), v), batch_size=2) for v in (1.0, 2.0))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [float(batch.mean()) for batch in open_data("both_loaders:loaders", ONE)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [48, 100])
+def test_files_are_read_in_batches_that_a_fixed_model_takes(count: int, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((2 * count, 3)))
+    like = Example.of(torch.zeros(count, 3))
+    assert collect(open_data(f"npz:{tmp_path / 'data.npz'}", like), like, batch=count).count == 2 * count
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(400, 3)))
+    content = bytearray((tmp_path / "data.npz").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40] = b"\xff" * 40
+    (tmp_path / "data.npz").write_bytes(content)
+    with pytest.raises(UsageError, match=r"data\.npz cannot be read"):
+        load_arrays(tmp_path / "data.npz")
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "broken.png")
+    whole = (tmp_path / "broken.png").read_bytes()
+    place = whole.index(b"IDAT")
+    (tmp_path / "broken.png").write_bytes(whole[:place] + b"\x00\x00\x00\x00" + whole[place + 4 :])
+    with pytest.raises(UsageError, match=r"broken\.png cannot be read as a picture"):
+        picture(tmp_path / "broken.png", (1, 8, 8))

@@ -108,6 +108,53 @@ def test_a_class_that_is_not_trained_on_is_refused(tmp_path: Path) -> None:
         open_training(f"imagefolder:{tmp_path / 'val'}", PICTURE)
 
 
+def test_class_folders_may_be_links_and_what_is_hidden_is_no_class(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere", {"cat": 3, "dog": 3})
+    (tmp_path / "data" / ".cache").mkdir(parents=True)
+    (tmp_path / "data" / "stray.png").write_bytes(b"no picture of a class")
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "data" / "cat" / "loop").symlink_to(tmp_path / "elsewhere")
+    feeds = open_training(f"imagefolder:{tmp_path / 'data'}", PICTURE, batch_size=1)
+    labels = torch.cat([y for part in (feeds.train, feeds.validation) for _, y in part])
+    assert set(labels.tolist()) == {0, 1}
+    (tmp_path / "data" / "empty").mkdir()
+    with pytest.raises(UsageError, match="'empty' holds no picture"):
+        open_training(f"imagefolder:{tmp_path / 'data'}", PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": np.zeros((4, 1)), "mean": 0.5}, "one entry of each"),
+        ({"x": np.zeros((1, 1)), "y": [0]}, "holds 1 sample"),
+    ],
+)
+def test_arrays_that_cannot_be_split_are_refused(arrays: dict[str, Any], said: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(UsageError, match=said):
+        open_training(f"npz:{tmp_path / 'data.npz'}", PICTURE)
+
+
+@pytest.mark.parametrize("text", ["", ":f", "./d.py:f", "./pictures", "module"])
+def test_what_names_no_training_data_is_refused_with_what_does(text: str) -> None:
+    with pytest.raises(UsageError, match=r"wanted fashion-mnist.*package\.module:function"):
+        open_training(text, PICTURE)
+
+
+def test_errors_in_a_loader_of_the_users_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_loaders.py").write_text(
+        "class Broken:\n    def __iter__(self):\n        raise FileNotFoundError('labels.csv')\n"
+        "def loaders():\n    return Broken(), Broken()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    feeds = open_training("own_loaders:loaders", PICTURE)
+    with pytest.raises(UsageError, match=r"own_loaders:loaders failed with FileNotFoundError: labels\.csv"):
+        list(feeds.train)
+    with pytest.raises(UsageError, match="makes its own batches"):
+        open_training("own_loaders:loaders", PICTURE, batch_size=8)
+
+
 def test_digits_come_in_three_parts() -> None:
     feeds = open_training("digits:", Example.of(torch.zeros(2, 1, 24, 24)))
     assert feeds.test is not None

@@ -18,9 +18,10 @@ def test_a_shape_gives_an_input_of_that_shape(text: str) -> None:
     assert tensor.std() > 0.5
 
 
-def test_a_batch_of_one_becomes_two_and_others_stay() -> None:
-    for text, batch in (("1x3", 2), ("2x3", 2), ("5x3", 5)):
+def test_a_batch_of_one_stays_unless_the_model_wants_another() -> None:
+    for text, batch in (("1x3", 1), ("2x3", 2), ("5x3", 5)):
         assert example_inputs([text], None, 0).args[0].shape == (batch, 3)
+    assert example_inputs(["1x3"], None, 0, batch=4).args[0].shape == (4, 3)
     assert example_inputs(["1"], None, 0).args[0].shape == (1,)
 
 

@@ -322,3 +322,14 @@ def test_arguments_by_name_are_identifiers(genuine: Path, tmp_path: Path) -> Non
     edit = lambda v: v["graph_module"]["module_call_graph"][0]["signature"].update(in_spec=spec)  # noqa: E731
     with pytest.raises(LoadError, match="would become source text"):
         load(edited(genuine, tmp_path / "net.pt2", PROGRAM, edit))
+
+
+def test_a_program_of_one_batch_size_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt2"
+    model, example = nn.Linear(4, 3).eval(), torch.randn(1, 4)
+    torch.export.save(torch.export.export(model, (example,)), path)
+    loaded = load(str(path))
+    assert (loaded.batch, loaded.input_shape) == (1, (4,))
+    open_ = {0: torch.export.Dim("batch")}
+    torch.export.save(torch.export.export(model, (torch.randn(2, 4),), dynamic_shapes=(open_,)), path)
+    assert load(str(path)).batch is None

@@ -136,8 +136,9 @@ def _pickled_part(
                 program = load_program(archive)
                 how = "a torch.export program"
                 return Loaded(
-                    program.module, path.stem, f"{path}, {how}", program.input_shape, "file", program.notes
-                ), ()
+                    program.module, path.stem, f"{path}, {how}", program.input_shape, "file", program.notes,
+                    program.batch,
+                ), ()  # fmt: skip
             value = read_trusted(path) if unsafe_pickle else checked_copy(archive, allow)[0]
     part, notes = model_part(value, label)
     if unsafe_pickle:

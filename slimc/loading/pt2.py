@@ -29,11 +29,15 @@ _HARMLESS = re.compile(r"data/weights/weight_\d+|data/constants/tensor_\d+|extra
 
 @dataclass(frozen=True)
 class ProgramFile:
-    """A loaded program as a module, with the shape of its first example input without the batch."""
+    """A loaded program as a module, with the shape of its first example input without the batch.
+
+    batch: the only batch size that it takes; None where it takes any.
+    """
 
     module: nn.Module
     input_shape: tuple[int, ...] | None
     notes: tuple[str, ...]
+    batch: int | None = None
 
 
 def is_program(names: list[str]) -> bool:
@@ -63,20 +67,33 @@ def load_program(archive: Archive) -> ProgramFile:
         *(f"data/weights/{name}" for name in sorted(weight_names)),
         *(f"data/constants/{name}" for name in sorted(constant_names)),
     ]
-    return ProgramFile(_load(archive.repack(names, replaced), label), _first_shape(example), notes)
+    module, batch = _load(archive.repack(names, replaced), label)
+    return ProgramFile(module, _first_shape(example), notes, batch)
 
 
-def _load(copy: io.BytesIO, label: str) -> nn.Module:
+def _load(copy: io.BytesIO, label: str) -> tuple[nn.Module, int | None]:
     with weights_only_forced(), _quiet():
         try:
             # guards were removed from the file; slimc checks shapes itself and says where they do not fit
-            return torch.export.load(copy).module(check_guards=False)
+            program = torch.export.load(copy)
+            return program.module(check_guards=False), _fixed_batch(program)
         except Exception as error:  # the deserializer raises everything from AssertionError to KeyError
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LoadError(
                 f"{label}: torch {torch.__version__} cannot load the program ({type(error).__name__}: {first[:200]}). "
                 "Export it again with this version of torch."
             ) from error
+
+
+def _fixed_batch(program: torch.export.ExportedProgram) -> int | None:
+    """The first size of the first input, where the program holds it as a number."""
+    inputs = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in inputs and isinstance(value, torch.Tensor) and value.dim() > 1:
+            size = value.shape[0]
+            return size if isinstance(size, int) else None
+    return None
 
 
 @contextmanager

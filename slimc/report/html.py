@@ -102,7 +102,8 @@ def headlines(report: Report) -> list[Headline]:
 def _speed_headline(report: Report) -> Headline:
     title = "Measured speed"
     if not report.latency:
-        return Headline(title, "not measured", "no latency stage in this run", "plain")
+        note = report.latency_skipped[0] if report.latency_skipped else "no latency stage in this run"
+        return Headline(title, "not measured", note, "plain")
     row = report.latency[0]
     low, high = row.ci95
     threads = f"{row.threads} thread" + ("s" if row.threads > 1 else "")

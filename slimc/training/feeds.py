@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimc.data import function_of
+from slimc.data import Readable, function_of
 from slimc.datasets import fashion_mnist, image_folder, load_arrays, picture
 from slimc.errors import UsageError
 from slimc.graph.capture import Example
@@ -64,13 +64,23 @@ def open_training(text: str, like: Example, batch_size: int | None = None) -> Fe
         return _split(list(load_arrays(Path(rest)).values()), batch_size, Path(rest))
     if kind == "imagefolder":
         return _folders(Path(rest), tuple(like.tensors()[0].shape[1:]), batch_size)
+    if not all(part.isidentifier() for part in f"{kind}.{rest}".split(".")):
+        raise UsageError(
+            f"--data {text}: wanted fashion-mnist[:DIR], digits, npz:FILE, imagefolder:DIR or package.module:function"
+        )
+    if asked is not None:
+        raise UsageError(f"--batch-size {asked}: --data {text} makes its own batches; leave it out")
     found = function_of(kind, rest)
     if not isinstance(found, (tuple, list)) or len(found) not in (2, 3):
         raise UsageError(
             f"--data {text} returned {type(found).__name__}; "
             "to train it must give (train, validation) or (train, validation, test)"
         )
-    return Feeds(found[0], found[1], found[2] if len(found) == 3 else None)
+    loaders = [
+        part if isinstance(part, Iterator) or not isinstance(part, Iterable) else Readable(part, f"--data {text}")
+        for part in found
+    ]
+    return Feeds(loaders[0], loaders[1], loaders[2] if len(loaders) == 3 else None)
 
 
 class Arrays:
@@ -130,8 +140,10 @@ def augment(images: Tensor) -> Tensor:
 
 
 def _split(tensors: list[Tensor], batch_size: int, path: Path) -> Feeds:
-    if len(tensors) < 2 or len({len(tensor) for tensor in tensors}) != 1:
+    if len(tensors) < 2 or len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].dim():
         raise UsageError(f"{path}: to train it must hold inputs, then labels, one entry of each for every sample")
+    if len(tensors[0]) < 2:
+        raise UsageError(f"{path} holds {len(tensors[0])} sample; at least 2 are needed, one of them to validate on")
     order = torch.randperm(len(tensors[0]), generator=torch.Generator().manual_seed(0))
     held = max(1, round(_HELD_OUT * len(order)))
     train, validation = ([tensor[part] for tensor in tensors] for part in (order[held:], order[:held]))
@@ -142,19 +154,24 @@ def _folders(folder: Path, shape: tuple[int, ...], batch_size: int) -> Feeds:
     names = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
     found = {part: next((folder / n for n in known if (folder / n).is_dir()), None) for part, known in names.items()}
     root = found["train"] or folder
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    classes = sorted(path.name for path in folders if not path.name.startswith("."))
     if len(classes) < 2:
         raise UsageError(f"imagefolder:{folder}: to train it needs a folder for each class, at {root}")
 
     def labelled(part: Path) -> list[tuple[Path, int]]:
-        paths = image_folder(part, shape)
+        paths = [path for path in image_folder(part, shape) if path.parent != part]
         names = [path.relative_to(part).parts[0] for path in paths]
         unknown = sorted(set(names) - set(classes))
         if unknown:
             raise UsageError(f"imagefolder:{part} holds the class {unknown[0]!r}, which {root} does not")
         return [(path, classes.index(name)) for path, name in zip(paths, names, strict=True)]
 
-    train, validation = labelled(root), None if found["validation"] is None else labelled(found["validation"])
+    train = labelled(root)
+    present = {label for _, label in train}
+    if empty := [name for number, name in enumerate(classes) if number not in present]:
+        raise UsageError(f"imagefolder:{root}: the class folder {empty[0]!r} holds no picture; fill it or take it away")
+    validation = None if found["validation"] is None else labelled(found["validation"])
     if validation is None:  # the order is that of a hash, so that any part is a mixture
         held = max(1, round(_HELD_OUT * len(train)))
         train, validation = train[held:], train[:held]
