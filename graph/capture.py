@@ -99,8 +99,9 @@ class Example:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def run(self, model: Any) -> Any:
-        """Call a model with these inputs."""
-        return model(*self.args, **self.kwargs)
+        """Call a model with copies of these inputs, since it may write into them."""
+        own = self.map(torch.clone)
+        return model(*own.args, **own.kwargs)
 
 
 @dataclass(frozen=True)

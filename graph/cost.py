@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .groups import Grouping
-from .infer import Types, named_tensors, tensors_of
+from .infer import Types, hint, named_tensors, tensors_of
 from .rule import operator_name
 from .terms import Terms
 
@@ -31,7 +31,9 @@ Widths = npt.NDArray[np.int64]
 _ONE = np.ones(1)
 
 # These return their input when there is nothing to do, which is the case at inference.
-_PASSES = {"dropout", "contiguous", "to", "alias", "detach", "reshape", "flatten"}
+_PASSES = {"dropout", "to", "alias", "detach"}
+_LAID_OUT = {"contiguous", "reshape", "flatten"}
+"""These do where the layout in memory allows it, and copy where axes have changed places."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,23 @@ class Model:
         self._axis = np.repeat(np.arange(self._count), np.array([len(axis.terms) for axis in grouping.axes], np.int64))
         self._monomials = _Products([term for axis in grouping.axes for term in axis.terms])
         number = grouping.axis_number
-        self._macs = _Products([(product.factor, [number[id(a)] for a in product.axes]) for product in types.macs])
+        constant = _without_samples(types)
+        often = [self._batch if product.node in constant else 1 for product in types.macs]
+        self._macs = _Products(
+            [(n * p.factor, [number[id(a)] for a in p.axes]) for n, p in zip(often, types.macs, strict=True)]
+        )
         owners = [(name, [number[id(a)] for a in axes]) for name, axes in types.tensors.items()]
         tensors = types.weights
         trained = [(1.0, axes) for name, axes in owners if isinstance(tensors[name], torch.nn.Parameter)]
         self._params = _Products(trained)
         self._bytes = _Products([(float(tensors[name].element_size()), axes) for name, axes in owners])
-        self._values, self._birth, self._death = _lifetimes(types, number)
+        self._values, self._birth, self._death = _lifetimes(types, number, constant)
         self._steps = int(self._death.max(initial=0)) + 2
         self._unused_params, self._unused_bytes = _unused(types)
         self._is_timed = times is not None
         self._per_mac, self._per_byte, self._fixed = np.zeros(len(types.macs)), 0.0, 0.0
         if times is not None:
-            whole = np.array([product.macs for product in types.macs])
+            whole = np.array([n * product.macs for n, product in zip(often, types.macs, strict=True)])
             self._per_mac = np.divide(times.products, whole, out=np.zeros(len(whole)), where=whole > 0)
             written = self._values(self.sizes(grouping.widths)).sum()
             self._per_byte, self._fixed = times.rest / written if written else 0.0, times.fixed
@@ -159,7 +165,18 @@ def _unused(types: Types) -> tuple[int, int]:
     return params, sum(t.numel() * t.element_size() for t in rest)
 
 
-def _lifetimes(types: Types, number: dict[int, int]) -> tuple[_Products, Terms, Terms]:
+def _without_samples(types: Types) -> set[Node]:
+    """What is computed from parameters alone, once for all samples of an open batch: each takes the whole of it."""
+    if types.captured.dynamic_shapes is None:
+        return set()
+    found: set[Node] = set()
+    for node in types.captured.module.graph.nodes:
+        if node.op in ("get_attr", "call_function") and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _lifetimes(types: Types, number: dict[int, int], constant: set[Node]) -> tuple[_Products, Terms, Terms]:
     """For every storage: its size, the step that makes it and the last step that reads it or a view of it."""
     base: dict[Node, Node] = {}
     birth: dict[Node, int] = {}
@@ -180,7 +197,8 @@ def _lifetimes(types: Types, number: dict[int, int]) -> tuple[_Products, Terms, 
         for value, axes in zip(
             [v for v in values if isinstance(v, Tensor)], tensors_of(types.values[node]), strict=False
         ):
-            entries.append((float(value.dtype.itemsize), [number[id(axis)] for axis in axes]))
+            often = types.captured.samples if node in constant else 1
+            entries.append((float(often * value.dtype.itemsize), [number[id(axis)] for axis in axes]))
             owners.append(node)
     return (
         _Products(entries),
@@ -197,7 +215,25 @@ def _storage(node: Node, base: dict[Node, Node]) -> Node:
     name = operator_name(node)
     if name == "to" and source.meta["val"].dtype != node.meta["val"].dtype:
         return node
-    if name in ("getitem", *_PASSES):
+    if name in _LAID_OUT and _is_copied(source, node):
+        return node
+    if name in ("getitem", *_PASSES, *_LAID_OUT):
         return base[source]
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else []
     return base[source] if returns and returns[0].alias_info is not None else node
+
+
+def _is_copied(source: Node, node: Node) -> bool:
+    """Whether a new shape or order of memory cannot be a view of what there is, as where axes have changed places."""
+    before, after = source.meta["val"], node.meta["val"]
+    if operator_name(source) == "clone" and source.kwargs.get("memory_format") is torch.contiguous_format:
+        return False
+    sizes, steps = ([hint(number) for number in own] for own in (before.shape, before.stride()))
+    laid = torch.empty_strided(sizes, steps, device="meta")
+    if operator_name(node) == "contiguous":
+        return not laid.is_contiguous()
+    try:
+        laid.view([hint(size) for size in after.shape])
+    except RuntimeError:
+        return True
+    return False

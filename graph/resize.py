@@ -58,6 +58,10 @@ class Cut:
                 value = value.index_select(position, self.indices(axis).to(value.device))
         return value
 
+    def fits(self, axes: tuple[Terms, ...], value: torch.Tensor) -> bool:
+        """Whether no axis is cut that is the batch times channels, whose size in the example is not that of a value."""
+        return all(self.whole(axis) or len(axis) == size for axis, size in zip(axes, value.shape, strict=True))
+
     def touches(self, node: Node) -> bool:
         """Whether a node reads or makes anything that shrinks."""
         values = [self.types.values[n] for n in (node, *node.all_input_nodes)]

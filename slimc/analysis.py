@@ -176,10 +176,15 @@ class Analysis:
         """Numbers of the groups that touch a module or parameter matching one of the patterns (as file names do)."""
         if isinstance(patterns, str):
             raise UsageError(f"ignore={patterns!r}: give a list of patterns, such as [{patterns!r}]")
-        found = []
+        found, aliases = [], self.types.aliases
+        others = [name for name, _ in self.model.named_modules(remove_duplicate=False)]  # those of no use at inference
+        others += [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         for pattern in patterns:
-            hit = [g.number for g in self.groups if any(_matches(m.tensor, pattern) for m in g.members)]
-            if not hit and not any(_matches(name, pattern) for name in self.types.tensors):
+            hit = [
+                group.number for group in self.groups
+                if any(_matches(name, pattern) for m in group.members for name in aliases.get(m.tensor, (m.tensor,)))
+            ]  # fmt: skip
+            if not hit and not any(_matches(name, pattern) for name in (*self.types.tensors, *others)):
                 known = next(iter(self.types.tensors), "")
                 raise UsageError(f"--ignore {pattern}: no module or parameter matches. Names look like {known}.")
             found.extend(hit)

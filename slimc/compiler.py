@@ -16,7 +16,7 @@ from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
 from .choose import BETWEEN, How, check_norm, check_pace, check_select, choose
-from .describe import facts_of, remarks_on, report_of, results_of, versions, warnings_of
+from .describe import UNFITTED, facts_of, remarks_on, report_of, results_of, versions, warnings_of
 from .errors import InternalError, OutputError, PlanError, UsageError
 from .exporters import machine
 from .graph.capture import Example
@@ -25,6 +25,7 @@ from .graph.resize import Cut
 from .graph.stateless import modes_kept
 from .pace import Pace
 from .plan import Plan, make, scores_of, weights_sha256
+from .random_state import kept_random_state
 from .report import Method, TargetResult
 from .result import Compressed
 from .rewrite import rewrite, shapes_agree
@@ -51,7 +52,7 @@ _LARGE_MACS = 5e9
 """Float64 runs at tens of billions of operations a second on a small machine; the proof should take seconds."""
 
 
-@torch.random.fork_rng(devices=[])
+@kept_random_state()
 def compress(
     model: nn.Module,
     example_inputs: Any,
@@ -121,6 +122,8 @@ def compress(
     if scorer == "auto" and norm != "l2":
         scorer = "magnitude"  # the only one that takes a norm
     scores.check(scores.find("obs" if scorer == "auto" else scorer), normalise, data is not None)
+    if val is not None:
+        raise UsageError("val is for training: give epochs too")
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
     limits, ignored = limits_of(targets, analysis, stages), tuple(analysis.matching(ignore))
@@ -166,7 +169,7 @@ def compress(
     return slim
 
 
-@torch.random.fork_rng(devices=[])
+@kept_random_state()
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -201,9 +204,10 @@ def apply(
     facts = {
         "targets": plan.targets, "method": method, "versions": versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip
-    slim = build(analysis, cut, facts, {}, chosen, stages, [], name)
     calibration = gather(analysis, data, samples, seed, stages) if wanted else None
-    if calibration and (steps := recovery.possible(wanted, calibration)):
+    steps = recovery.possible(wanted, calibration)
+    slim = build(analysis, cut, facts, {}, chosen, stages, [UNFITTED] if wanted and not calibration else [], name)
+    if calibration and steps:
         slim.fit(steps, calibration, _beside(analysis, data, calibration, seed, stages))
     return slim
 
@@ -254,11 +258,20 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         **dict(model.named_parameters(remove_duplicate=False)),
         **buffers,
     }
-    tensors = {
-        n: nn.Parameter(weights[n], requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else weights[n]
-        for n, t in named.items()
-        if n in weights
-    } | {n: sliced[n] for n in buffers if n not in weights and n not in state}
+    places = {t.device for t in named.values() if t.device.type != "meta"}
+    place = places.pop() if len(places) == 1 else torch.device("cpu")
+    kinds = {t.dtype for t in weights.values() if t.is_floating_point()}
+    tensors: dict[str, torch.Tensor] = {}
+    for n, t in named.items():
+        if n in weights:
+            own = weights[n].to(place)
+            tensors[n] = nn.Parameter(own, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else own
+        elif n in buffers and n not in state:
+            if sliced[n].device.type == "meta":
+                raise PlanError(f"{n} is saved nowhere and has no values (it is on the meta device): give a real model")
+            # Of the precision that the others have.
+            precision = next(iter(kinds)) if sliced[n].is_floating_point() and len(kinds) == 1 else sliced[n].dtype
+            tensors[n] = sliced[n].to(place, precision)
     small = eager.with_tensors(model, tensors)
     eager.set_attributes(small, plan.attributes)
     return small

@@ -133,6 +133,12 @@ def report_of(
     )  # fmt: skip
 
 
+UNFITTED = (
+    "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs "
+    "(for large pictures --samples N does so, however long it takes)"
+)
+
+
 def remarks_on(
     analysis: Analysis,
     method: Scorer,
@@ -150,10 +156,7 @@ def remarks_on(
         names = ", ".join(analysis.groups[number].name for number in chosen.unscored)
         found.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
     if unfitted:
-        found.append(
-            "the kept weights are as the cut left them: there is no --data, and nothing was made up for these inputs "
-            "(for large pictures --samples N does so, however long it takes)"
-        )
+        found.append(UNFITTED)
     return [remark for remark in found if remark]
 
 

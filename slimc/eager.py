@@ -234,10 +234,18 @@ def _collect(model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten) -> 
         for old, new in _literals(old_node, new_node):
             evidence.literals[old].add(new)
         before, after = arguments(old_node), arguments(new_node)
-        for name, value in before.items():
-            if isinstance(value, int) and isinstance(left := after.get(name), int):
+        for name, given in before.items():
+            value, left = _single(given), _single(after.get(name))
+            if value is not None and left is not None:
                 evidence.arguments[name, value].add(left)
     return found
+
+
+def _single(value: Any) -> int | None:
+    """A number, also where an operator takes it once for each axis."""
+    if isinstance(value, (tuple, list)) and value and all(part == value[0] for part in value):
+        value = value[0]
+    return value if isinstance(value, int) else None
 
 
 def _sizes(work: Resizing, types: Types, node: Node) -> Iterator[tuple[int, int]]:

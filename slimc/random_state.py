@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -17,8 +18,11 @@ def seed_all(seed: int, epoch: int) -> None:
     random.seed(mixed)
 
 
-class kept_random_state:
-    """Puts torch's, numpy's and Python's random state back at the end."""
+class kept_random_state(contextlib.ContextDecorator):
+    """Puts torch's, numpy's and Python's random state back at the end of a block or a function."""
+
+    def _recreate_cm(self) -> kept_random_state:
+        return kept_random_state()  # calls may be nested, each with a state of its own
 
     def __enter__(self) -> None:
         self._state = random_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from . import recover
 from .analysis import Analysis, Stages
-from .errors import OutputError
+from .errors import OutputError, UsageError
 from .exporters import latency as latency_of
 from .exporters.artifact import whole_file, whole_folder
 from .exporters.formats import onnx, pt2, safetensors
@@ -237,6 +238,9 @@ class Compressed:
         onnx: False leaves the ONNX file out, and what is measured on it. latency: also measure that file beside the
         original. Raises OutputError, ParityError.
         """
+        known = inspect.signature(latency_of.measure_all).parameters
+        if unknown := sorted(latency_options.keys() - known.keys()):
+            raise UsageError(f"save() has no option {unknown[0]!r}")
         target = Path(folder)
         self.report = replace(self.report, onnx=None, latency=None, latency_skipped=())
         with whole_folder(target, overwrite) as work:

@@ -64,7 +64,11 @@ def distill(task: Task) -> str:
             if done % len(batches) == 0:
                 order = torch.randperm(len(batches), generator=generator).tolist()
             example = varied(batches[order[done % len(batches)]], generator)
-            _loss(task, example, wanted).backward()  # type: ignore[no-untyped-call]
+            with torch.enable_grad():
+                loss = _loss(task, example, wanted)
+                if not loss.requires_grad:
+                    return "left out: no value of the network is drawn to the original's, since none is comparable"
+                loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step(_rate(done, steps))
             task.tick(done + 1, steps)
     finally:
@@ -122,9 +126,10 @@ def _loss(task: Task, example: Example, wanted: dict[Node, Node]) -> Tensor:
     inner = [
         _relative(student.caught[new], task.cut.select(teacher.caught[old], task.types.values[old]))
         for old, new in wanted.items()
+        if task.cut.fits(task.types.values[old], teacher.caught[old])
     ]
-    loss = torch.stack(outer).mean()
-    return loss + torch.stack(inner).mean() if inner else loss
+    means = [torch.stack(losses).mean() for losses in (outer, inner) if losses]  # outputs may be whole numbers only
+    return torch.stack(means).sum() if means else torch.zeros(())
 
 
 def _relative(value: Tensor, goal: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def _fit(
     tally: Tally,
 ) -> None:
     axes = task.types.values[old]
-    if not all(_is_comparable(task, axes, value) for value in before.of(old)):
+    if not all(task.cut.fits(axes, value) for value in before.of(old)):
         tally.unchanged += 1
         return
     sizes = [_left(task, axes, value) for value in before.of(old)]
@@ -172,11 +172,6 @@ def _fit(
         reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
     if tail.offset is not None:
         tail.offset(fit.offset.flatten())
-
-
-def _is_comparable(task: Task, axes: Axes, value: Tensor) -> bool:
-    """Whether no axis is cut that is the batch times channels, whose size in the example is not that of a value."""
-    return all(task.cut.whole(axis) or len(axis) == size for axis, size in zip(axes, value.shape, strict=True))
 
 
 def _left(task: Task, axes: Axes, value: Tensor) -> Sequence[int]:

@@ -238,7 +238,10 @@ class Run:
         self._steps = 0
 
     def score(self, scorer: str | scores.Method, normalise: str = "auto") -> scores.Scores:
-        """A scorer's numbers for the network as it is now, [variables], normalised between groups as it likes."""
+        """A scorer's numbers for the network as it is now, [variables], normalised between groups as it likes.
+
+        NaN for groups that it says nothing of, which stay whole.
+        """
         method = scores.find(scorer) if isinstance(scorer, str) else scorer
         types, grouping = self.network.typed()
         graph = self.network.graph
@@ -246,11 +249,13 @@ class Run:
         graph.eval()
         needed = None if method.needs == "weights" else self.samples
         subject = scores.Subject(types, grouping, "l2", self.options.seed, needed, self.loss, self.stages.tick)
-        found = scores.normalise(method.score(subject), method.normalisation if normalise == "auto" else normalise)
+        plain = method.score(subject)
+        found = scores.normalise(plain, method.normalisation if normalise == "auto" else normalise)
         graph.train(training)
-        total = np.full(self.analysis.types.solution.variables, np.nan)
+        total, unscored = np.full(self.analysis.types.solution.variables, np.nan), scores.unscored(plain)
         for group, own in zip(grouping.groups, found, strict=True):
-            total[group.variables] = own
+            if group.number not in unscored:
+                total[group.variables] = own
         return total
 
     def chosen(self, progress: float = 1.0) -> Alive:
