@@ -213,6 +213,8 @@ def test_files_that_are_no_models_say_what_they_are(tmp_path: Path) -> None:
     refuses("notes.pt", b"dear diary, " * 200, "a text file")
     refuses("pointer.pt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")
     refuses("page.pth", b"<!DOCTYPE html><html>", "a web page")
+    refuses("pointer.onnx", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")
+    refuses("page.onnx", b"<!DOCTYPE html><html>", "a web page")
     refuses("noise.pt", bytes(range(255, 0, -1)) * 9, "neither a PyTorch")
     refuses("net.onnx", b"\x08\x07\x12\x07pytorch\x1a", "not a readable ONNX file")
     whole = Path(saved(plain_network(), tmp_path)).read_bytes()
