@@ -264,4 +264,5 @@ def test_a_model_that_is_not_initialised_yet_is_left_for_later(tmp_path: Path, m
 def test_masks_of_minus_infinity_are_no_damage(tmp_path: Path) -> None:
     model = plain_network()
     model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    model.register_buffer("limit", torch.tensor(torch.inf))
     load(saved(model, tmp_path))
