@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from onnx_graphs import both, graph_of, numbers, whole
+from onnx_graphs import both, captured_open, graph_of, node, numbers, whole
 from torch import Tensor, nn
 
 import slimc
@@ -140,6 +140,30 @@ def test_gemm_with_factors_and_pieces(tmp_path: Path) -> None:
     onnx.save(graph_of(nodes, [2, 8], {"w": numbers(6, 8), "b": numbers(1, 6), "k": whole(2)}), path)
     got, wanted = both(path, numbers(2, 8))
     np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_map_of_one_element_is_normalised(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(graph_of([node("InstanceNormalization", "x s b", "y")], [1, 4, 1, 1], {"s": numbers(4), "b": numbers(4)}),
+              path)  # fmt: skip
+    got, wanted = both(path, numbers(1, 4, 1, 1))
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_how_many_of_the_largest_is_an_attribute_in_old_files(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(graph_of([node("TopK", "x", "y i", k=2, axis=1)], [2, 5], {}, opset=9), path)
+    got, wanted = both(path, numbers(2, 5))
+    np.testing.assert_array_equal(got.numpy(), wanted)
+
+
+def test_rows_of_a_table_are_counted_from_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    nodes = [node("Gather", "table places", "rows"), node("Add", "x rows", "y")]
+    constants = {"table": numbers(5, 4), "places": np.array([[0, -1, 2], [-5, 4, -2]])}
+    onnx.save(graph_of(nodes, ["batch", 2, 3, 4], constants), path)
+    loaded = captured_open(path, 2, 3, 4)
+    assert list(dict(loaded.model.named_parameters())) == ["constants.table"]
 
 
 def test_shapes_that_the_file_computes_keep_the_batch_open(tmp_path: Path) -> None:

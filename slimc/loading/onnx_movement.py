@@ -235,15 +235,16 @@ def gather(call: Call, x: Value, indices: Value) -> Value:
         if not isinstance(indices, Tensor):
             return sizes(objects(x).take(indices, axis))
         x = tensor(x)
-    if isinstance(indices, list) and objects(indices).ndim == 1:
-        indices = [i + x.shape[axis] if i < 0 else i for i in indices]
-        step = {b - a for a, b in pairwise(indices)}
-        if step <= {1} and indices:
-            return x.narrow(axis, indices[0], len(indices))
-        return x.index_select(axis, tensor(indices, x))
     if not isinstance(indices, (Tensor, list)):
         return x.select(axis, indices)
-    indices = tensor(indices, x)
+    if isinstance(indices, list):
+        size = x.shape[axis]
+        known = np.frompyfunc(lambda i: i + size if i < 0 else i, 1, 1)(objects(indices))
+        if known.ndim == 1 and known.size and all(b - a == 1 for a, b in pairwise(known)):
+            return x.narrow(axis, known[0], known.size)
+        indices = tensor(sizes(known), x)
+        if known.ndim == 1:
+            return x.index_select(axis, indices)
     if axis == 0 and x.dim() == 2 and x.is_floating_point():
         return F.embedding(indices.to(torch.int64), x)
     axis %= x.dim()

@@ -47,6 +47,9 @@ class Numbers:
             array = self.arrays.get(node.input[place]) if place < len(node.input) else None
             if array is not None:
                 found[place] = array.item() if array.size == 1 else array.tolist()
+        indices = self.arrays.get(node.input[1]) if node.op_type == "Gather" else None
+        if indices is not None and (indices < 0).any():  # from the end, which torch's embeddings do not know
+            found[1] = indices.tolist()
         return found
 
 
