@@ -89,9 +89,9 @@ def test_types_that_torch_lacks_are_named(kind: int, tmp_path: Path) -> None:
 
 def test_constants_that_nobody_reads_do_no_harm(tmp_path: Path) -> None:
     unused = {
-        "text": helper.make_tensor("text", TensorProto.STRING, [1], [b"hello"]),
+        "text": TensorProto(name="text", data_type=TensorProto.STRING, dims=[1], string_data=[b"hello"]),
         "tiny": helper.make_tensor("tiny", TensorProto.FLOAT8E4M3FN, [1], [1.0]),
-        "nan": np.float32([np.nan, 1]),
+        "nan": np.array([np.nan, 1], np.float32),
     }
     onnx.save(graph_of([node("Add", "x b", "y")], [2, 4], {"b": numbers(4), **unused}), tmp_path / "net.onnx")
     assert list(dict(load(str(tmp_path / "net.onnx")).model.named_parameters())) == ["constants.b"]

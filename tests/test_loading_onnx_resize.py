@@ -29,7 +29,11 @@ def test_nearest_neighbours_are_those_of_the_file_or_refused(tmp_path: Path) -> 
             "Resize", "x - factors" if is_scale else "x - - sizes", "y",
             mode="nearest", coordinate_transformation_mode=way, nearest_mode=rounding,
         )  # fmt: skip
-        constants = {"factors": np.float32([1, 1, length / size, 1])} if is_scale else {"sizes": whole(1, 2, length, 3)}
+        constants = (
+            {"factors": np.array([1, 1, length / size, 1], np.float32)}
+            if is_scale
+            else {"sizes": whole(1, 2, length, 3)}
+        )
         onnx.save(graph_of([resize], [1, 2, size, 3], constants), path)
         try:
             got, wanted = both(path, numbers(1, 2, size, 3))
@@ -47,7 +51,7 @@ def test_nearest_neighbours_are_those_of_the_file_or_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(("kind", "opset"), [("Resize", 10), ("Upsample", 9)])
 def test_factors_of_old_files_are_the_second_input(kind: str, opset: int, tmp_path: Path) -> None:
     resize = node(kind, "x factors", "y", mode="nearest")
-    constants = {"factors": np.float32([1, 1, 2, 3])}
+    constants = {"factors": np.array([1, 1, 2, 3], np.float32)}
     onnx.save(graph_of([resize], ["batch", 2, 4, 4], constants, opset=opset), tmp_path / "net.onnx")
     loaded = captured_open(tmp_path / "net.onnx", 2, 4, 4)
     assert list(loaded.model.parameters()) == []
@@ -57,7 +61,7 @@ def test_factors_of_old_files_are_the_second_input(kind: str, opset: int, tmp_pa
 def test_factors_and_sizes_are_captured(mode: str, tmp_path: Path) -> None:
     way = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"} if mode == "nearest" else {}
     resize = node("Resize", "x - factors", "y", mode=mode, **way)
-    constants = {"factors": np.float32([1, 1, 2, 1.5])}
+    constants = {"factors": np.array([1, 1, 2, 1.5], np.float32)}
     onnx.save(graph_of([resize], ["batch", 2, 4, 4], constants), tmp_path / "net.onnx")
     loaded = captured_open(tmp_path / "net.onnx", 2, 4, 4)
     assert list(loaded.model.parameters()) == []
@@ -75,6 +79,6 @@ def test_what_torch_has_no_way_for_is_refused(
     attributes: dict[str, Any], factors: list[float], words: str, tmp_path: Path
 ) -> None:
     resize = node("Resize", "x - factors", "y", **attributes)
-    onnx.save(graph_of([resize], [1, 2, 4, 4], {"factors": np.float32(factors)}), tmp_path / "net.onnx")
+    onnx.save(graph_of([resize], [1, 2, 4, 4], {"factors": np.array(factors, np.float32)}), tmp_path / "net.onnx")
     with pytest.raises(LoadError, match=words):
         load(str(tmp_path / "net.onnx"))

@@ -119,7 +119,11 @@ def test_what_is_known_before_the_data_is_captured(title: str, tmp_path: Path) -
 def test_a_number_may_be_a_literal_here_and_a_tensor_there(tmp_path: Path) -> None:
     nodes = [node("Pad", "x pads number", "h"), node("Add", "h number", "h2"), node("Mul", "h2 scales", "h3"),
              node("Resize", "h3 - scales", "y", mode="nearest")]  # fmt: skip
-    constants = {"pads": whole(0, 0, 0, 0, 0, 0, 0, 1), "number": np.float32(0.5), "scales": np.float32([1, 1, 2, 2])}
+    constants = {
+        "pads": whole(0, 0, 0, 0, 0, 0, 0, 1),
+        "number": np.float32(0.5),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+    }
     onnx.save(graph_of(nodes, ["batch", 3, 4, 3], constants), tmp_path / "net.onnx")
     captured_open(tmp_path / "net.onnx", 3, 4, 3)
 
@@ -131,7 +135,8 @@ class Padded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(F.pad(self.a(x), (0, 1, 0, 1)), scale_factor=2)
-        return self.b(x)
+        result: Tensor = self.b(x)
+        return result
 
 
 class Tokens(nn.Module):
@@ -142,7 +147,8 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
-        return self.b(torch.relu(self.a(x)))
+        result: Tensor = self.b(torch.relu(self.a(x)))
+        return result
 
 
 @pytest.mark.parametrize(("model", "shape", "opset"), [
