@@ -54,6 +54,12 @@ def test_a_misread_operator_is_found(nodes: list[onnx.NodeProto], shape: list[An
 
 
 @pytest.mark.usefixtures("wrong_relu")
+def test_an_input_without_axes_is_compared(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="differs from the file"):
+        load(saved(tmp_path, graph_of([node("Exp", "x", "h"), node("Relu", "h", "y")], [], {})))
+
+
+@pytest.mark.usefixtures("wrong_relu")
 def test_several_inputs_of_numbers_and_words_are_compared(tmp_path: Path) -> None:
     nodes = [node("Gather", "table words", "h"), node("Add", "h x", "s"), node("Relu", "s", "y")]
     model = graph_of(nodes, ["batch", 3, 4], {"table": numbers(10, 4)})

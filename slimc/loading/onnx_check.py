@@ -65,7 +65,7 @@ def check(module: nn.Module, path: Path, inputs: Sequence[Input], single: frozen
     Where the batch is open, two samples are tried and then one; other open axes get a size that suits most networks.
     Raises LoadError where the module cannot run, or gives something else.
     """
-    first = inputs[0].axes[0] if inputs and inputs[0].axes else 1
+    first = inputs[0].axes[0] if inputs and inputs[0].axes else "?"
     fixed = first if isinstance(first, int) else None
     if unknown := [entry for entry in inputs if entry.kind not in (*_NUMBERS, *_WHOLE)]:
         return Checked(fixed, (f"{_NOT_COMPARED}: no values are made up for {unknown[0]}",))
@@ -74,7 +74,8 @@ def check(module: nn.Module, path: Path, inputs: Sequence[Input], single: frozen
     reasons: list[str] = []
     for rows in (2, 1) if fixed is None else (fixed,):
         try:
-            reason = _compared(module, session, path, inputs, rows, single, is_half)
+            samples = [[_values(entry, rows, first, make) for entry in inputs] for make in (torch.randn, torch.rand)]
+            reason = _compared(module, session, path, inputs, samples, single, is_half)
         except _CannotRun as error:
             failures.append(error)
             continue
@@ -103,13 +104,11 @@ def _session(path: Path) -> Any:
 
 
 def _compared(
-    module: nn.Module, session: Any, path: Path, inputs: Sequence[Input], rows: int, single: frozenset[int],
-    is_half: bool,
+    module: nn.Module, session: Any, path: Path, inputs: Sequence[Input], samples: Sequence[Sequence[Tensor]],
+    single: frozenset[int], is_half: bool,
 ) -> str | None:  # fmt: skip
-    """Compare on random numbers, then on positive ones where nothing finite came out; or say why it cannot be done."""
-    for make in (torch.randn, torch.rand):
-        generator = torch.Generator().manual_seed(0)
-        given = [_values(entry, rows, inputs[0].axes[0], make, generator) for entry in inputs]
+    """Compare on samples until something finite comes out of each result; or say why it cannot be done."""
+    for given in samples:
         ours = _run(
             module, [v.float() if entry.kind in single else v for entry, v in zip(inputs, given, strict=True)], path
         )
@@ -124,10 +123,9 @@ def _compared(
     return "it gives nothing finite for random inputs"
 
 
-def _values(
-    entry: Input, rows: int, batch: int | str, make: Callable[..., Tensor], generator: torch.Generator
-) -> Tensor:
+def _values(entry: Input, rows: int, batch: int | str, make: Callable[..., Tensor]) -> Tensor:
     """Random numbers; whole ones are 0 and 1, which are indices and masks for every network."""
+    generator = torch.Generator().manual_seed(sum(entry.name.encode()))  # numbers of its own for each input
     usual = _PICTURE if len(entry.axes) > 3 else _SEQUENCE
     named = {} if batch == "?" else {batch: rows}
     shape = [
