@@ -245,6 +245,8 @@ def test_files_that_are_no_models_say_what_they_are(tmp_path: Path) -> None:
     refuses("notes.pt", b"dear diary, " * 200, "a text file")
     refuses("pointer.pt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")
     refuses("page.pth", b"<!DOCTYPE html><html>", "a web page")
+    refuses("pointer.onnx", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")
+    refuses("page.onnx", b"<!DOCTYPE html><html>", "a web page")
     refuses("noise.pt", bytes(range(255, 0, -1)) * 9, "neither a PyTorch")
     refuses("net.onnx", b"\x08\x07\x12\x07pytorch\x1a", "not a readable ONNX file")
     whole = Path(saved(plain_network(), tmp_path)).read_bytes()
@@ -294,4 +296,5 @@ def test_a_model_that_is_not_initialised_yet_is_left_for_later(tmp_path: Path, m
 def test_masks_of_minus_infinity_are_no_damage(tmp_path: Path) -> None:
     model = plain_network()
     model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    model.register_buffer("limit", torch.tensor(torch.inf))
     load(saved(model, tmp_path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+from onnx_graphs import both, captured_open, graph_of, node, numbers, whole
 from torch import Tensor, nn
 
 import slimc
@@ -19,51 +19,7 @@ from slimc.errors import LoadError
 from slimc.loading import load
 from slimc.loading.onnx_module import OPERATORS
 
-onnxruntime = pytest.importorskip("onnxruntime")
-
-Array = np.ndarray[Any, Any]
-RANDOM = np.random.default_rng(0)
-
-
-def numbers(*shape: int) -> Array:
-    return RANDOM.standard_normal(shape).astype(np.float32)
-
-
-def whole(*values: int) -> Array:
-    return np.array(values, np.int64)
-
-
-def graph_of(
-    nodes: Sequence[onnx.NodeProto],
-    shape: Sequence[Any],
-    constants: dict[str, Array],
-    output: str = "y",
-    opset: int = 18,
-) -> onnx.ModelProto:
-    """A model of some nodes that read "x" of a shape and make "y"."""
-    graph = helper.make_graph(
-        list(nodes),
-        "net",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_empty_tensor_value_info(output)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
-    inferred = onnx.shape_inference.infer_shapes(model)
-    kinds = {value.name: value.type for value in inferred.graph.value_info} | {output: inferred.graph.output[0].type}
-    kind = (
-        kinds[output] if kinds[output].WhichOneof("value") else helper.make_tensor_type_proto(TensorProto.FLOAT, shape)
-    )
-    model.graph.output[0].CopyFrom(helper.make_value_info(output, kind))
-    return model
-
-
-def both(path: Path, x: Array) -> tuple[Any, Array]:
-    """What the loaded module gives, and what ONNX Runtime gives."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        return load(str(path)).model(torch.from_numpy(x)), session.run(None, {"x": x})[0]
-
+pytest.importorskip("onnxruntime")
 
 X = numbers(2, 8, 6, 6)
 ONE: dict[str, tuple[tuple[Any, ...], dict[str, Any], int]] = {
@@ -129,6 +85,7 @@ ONE: dict[str, tuple[tuple[Any, ...], dict[str, Any], int]] = {
     "Slice backwards": ((whole(-1), whole(-(2**62)), whole(2), whole(-1)), {}, 18),
     "Pad": ((whole(0, 1, 2, 0, 0, 0, 1, 3), np.float32(0.5)), {}, 18),
     "Pad edge": ((whole(0, 0, 1, 2, 0, 0, 2, 1),), {"mode": "edge"}, 18),
+    "Pad edge of the last axis": ((whole(0, 0, 0, 1, 0, 0, 0, 2),), {"mode": "edge"}, 18),
     "Pad reflect": ((whole(0, 0, 1, 2, 0, 0, 2, 1),), {"mode": "reflect"}, 18),
     "DepthToSpace": ((), {"blocksize": 2}, 18),
     "DepthToSpace CRD": ((), {"blocksize": 2, "mode": "CRD"}, 18),
@@ -142,6 +99,7 @@ ONE: dict[str, tuple[tuple[Any, ...], dict[str, Any], int]] = {
     "Upsample": ((np.array([1, 1, 2, 2], np.float32),), {"mode": "nearest"}, 9),
     "Gather": ((whole(3, 1),), {"axis": 1}, 18),
     "Gather one": ((np.int64(-2),), {"axis": 1}, 18),
+    "Gather from the end": ((whole(-1, -3),), {"axis": 1}, 18),
     "Gather run": ((whole(2, 3, 4),), {"axis": 1}, 18),
     "Gather grid": ((np.array([[0, 5], [2, 1]]),), {"axis": 2}, 18),
     "GatherElements": ((np.zeros((2, 8, 6, 6), np.int64) - 1,), {"axis": 1}, 18),
@@ -182,6 +140,30 @@ def test_gemm_with_factors_and_pieces(tmp_path: Path) -> None:
     onnx.save(graph_of(nodes, [2, 8], {"w": numbers(6, 8), "b": numbers(1, 6), "k": whole(2)}), path)
     got, wanted = both(path, numbers(2, 8))
     np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_map_of_one_element_is_normalised(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(graph_of([node("InstanceNormalization", "x s b", "y")], [1, 4, 1, 1], {"s": numbers(4), "b": numbers(4)}),
+              path)  # fmt: skip
+    got, wanted = both(path, numbers(1, 4, 1, 1))
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_how_many_of_the_largest_is_an_attribute_in_old_files(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(graph_of([node("TopK", "x", "y i", k=2, axis=1)], [2, 5], {}, opset=9), path)
+    got, wanted = both(path, numbers(2, 5))
+    np.testing.assert_array_equal(got.numpy(), wanted)
+
+
+def test_rows_of_a_table_are_counted_from_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    nodes = [node("Gather", "table places", "rows"), node("Add", "x rows", "y")]
+    constants = {"table": numbers(5, 4), "places": np.array([[0, -1, 2], [-5, 4, -2]])}
+    onnx.save(graph_of(nodes, ["batch", 2, 3, 4], constants), path)
+    loaded = captured_open(path, 2, 3, 4)
+    assert list(dict(loaded.model.named_parameters())) == ["constants.table"]
 
 
 def test_shapes_that_the_file_computes_keep_the_batch_open(tmp_path: Path) -> None:
@@ -293,7 +275,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = with_external_data(inside)
     (inside / "net.data").rename(tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", inside / "net.data")
-    with pytest.raises(LoadError, match="not there"):
+    with pytest.raises(LoadError, match=r"net\.data, which is a link\. Copy the file"):
         load(str(path))
 
 

@@ -139,7 +139,7 @@ def check_values(model: nn.Module, label: str) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_lazy(tensor):
             check_kind(name, tensor, label)
-            # Masks hold minus infinity.
+            # Masks hold minus infinity, and a single number may be a limit that never binds.
             _check_finite(name, tensor, label, is_mask=not isinstance(tensor, nn.Parameter))
 
 
@@ -169,11 +169,13 @@ def _is_broadcast(tensor: torch.Tensor) -> bool:
 
 
 def _check_finite(name: str, tensor: torch.Tensor, label: str, is_mask: bool) -> None:
-    """is_mask: minus infinity is a number."""
+    """is_mask: minus infinity is a number, and alone either is."""
     if not tensor.is_floating_point():
         return
     wrong = ~torch.isfinite(tensor)
-    bad = int((wrong & (tensor != -torch.inf) if is_mask else wrong).sum())
+    if is_mask:
+        wrong &= torch.isnan(tensor) if tensor.numel() == 1 else tensor != -torch.inf
+    bad = int(wrong.sum())
     if bad:
         nan = int(torch.isnan(tensor).sum())
         raise LoadError(

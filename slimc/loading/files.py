@@ -30,6 +30,7 @@ def kind_of(path: Path) -> Kind:
         raise LoadError(f"{path}: cannot be read ({error.strerror}).") from error
     if not head:
         raise LoadError(f"{path}: the file is empty. Copy or save it again.")
+    _check_real(path, head)
     if head.startswith(b"PK\x03\x04"):
         return Kind.ZIP
     if head[:1] == b"\x80" and (_LEGACY_MAGIC in head[:20] or path.suffix in (".pt", ".pth", ".pkl", ".bin")):
@@ -61,12 +62,17 @@ def _check_present(path: Path) -> None:
     raise LoadError(f"{path}: no such file. Check the path; relative paths start at {Path.cwd()}.")
 
 
-def _foreign(path: Path, head: bytes) -> str:
+def _check_real(path: Path, head: bytes) -> None:
+    """Refuse what stands in for a model, whatever its name says."""
     if head.startswith(b"version https://git-lfs"):
-        return f"{path}: a Git LFS pointer, not the model itself. Run: git lfs pull"
-    start = head.lstrip()[:20].lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"{path}: a web page, not a model: the download link needs a login or has moved. Download it again."
+        raise LoadError(f"{path}: a Git LFS pointer, not the model itself. Run: git lfs pull")
+    if head.lstrip()[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise LoadError(
+            f"{path}: a web page, not a model: the download link needs a login or has moved. Download it again."
+        )
+
+
+def _foreign(path: Path, head: bytes) -> str:
     try:
         text = head.decode("utf-8", errors="strict" if len(head) < 1024 else "ignore")
     except UnicodeDecodeError:

@@ -6,11 +6,12 @@ import operator as python
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimc.loading.onnx_module import Call, Value, operator, tensor
+from slimc.loading.onnx_module import Call, Value, objects, operator, sizes, tensor
 
 # -- layers ---------------------------------------------------------------------------------------------
 
@@ -76,7 +77,7 @@ def einsum(call: Call, *operands: Tensor) -> Tensor:
 @operator("BatchNormalization")
 def batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """With the statistics of the file; further results are of training and are left out."""
-    if call.get("training_mode", 0):
+    if call.get("training_mode", 0) or (call.opset < 14 and call.results > 1):
         raise call.refuse("it is in training mode; export the model after model.eval()")
     return F.batch_norm(x, mean, var, scale, bias, False, 0.0, call.get("epsilon", 1e-5))
 
@@ -84,14 +85,14 @@ def batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor,
 @operator("InstanceNormalization")
 def instance_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Each channel of each sample by its own statistics."""
+    if x.shape[2:].numel() == 1:  # torch's function takes it for a mistake
+        return torch.group_norm(x, x.shape[1], scale, bias, call.get("epsilon", 1e-5))
     return F.instance_norm(x, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5))
 
 
 @operator("LayerNormalization")
 def layer_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Statistics over all axes from `axis` on."""
-    if call.results > 1:
-        raise call.refuse("its mean and deviation are used as results")
     shape = list(x.shape[call.get("axis", -1) % x.dim() :])
     if list(scale.shape) == shape and (bias is None or list(bias.shape) == shape):
         return F.layer_norm(x, shape, scale, bias, call.get("epsilon", 1e-5))
@@ -135,8 +136,6 @@ def lrn(call: Call, x: Tensor) -> Tensor:
 @operator("MaxPool")
 def max_pool(call: Call, x: Tensor) -> Tensor:
     """The largest value in each window."""
-    if call.results > 1:
-        raise call.refuse("its indices are used as a result")
     kernel = call.get("kernel_shape")
     stride, dilation = _many(call, "strides", len(kernel)), _many(call, "dilations", len(kernel))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
@@ -270,10 +269,8 @@ def softmax(call: Call, x: Tensor) -> Tensor:
 
 
 @operator("Dropout", "Identity")
-def same(call: Call, x: Value, *_options: Value) -> Value:
+def same(_call: Call, x: Value, *_options: Value) -> Value:
     """Nothing happens at inference."""
-    if call.operator == "Dropout" and call.results > 1:
-        raise call.refuse("its mask is used as a result")
     return x
 
 
@@ -287,6 +284,7 @@ _BINARY: dict[str, Any] = {
 _OF_SHAPES = {
     "Add": python.add, "Sub": python.sub, "Mul": python.mul, "Div": python.floordiv, "Mod": python.mod,
     "Max": torch.sym_max, "Min": torch.sym_min,
+    "Equal": lambda a, b: bool(a == b), "Greater": lambda a, b: bool(a > b), "Less": lambda a, b: bool(a < b),
 }  # fmt: skip
 
 
@@ -332,16 +330,12 @@ def variadic(call: Call, first: Value, *others: Value) -> Value:
 @operator("Neg")
 def negative(_call: Call, x: Value) -> Value:
     """The opposite sign."""
-    return [-n for n in x] if isinstance(x, list) else -x
+    return sizes(-objects(x)) if isinstance(x, list) else -x
 
 
-def _shapes(function: Any, a: Value, b: Value) -> Value:
+def _shapes(function: Callable[[Any, Any], Any], a: Value, b: Value) -> Value:
     """A function of sizes, lists or single ones, broadcast."""
-    if isinstance(a, list) or isinstance(b, list):
-        length = max(len(v) for v in (a, b) if isinstance(v, list))
-        left, right = ((v * length if len(v) == 1 else v) if isinstance(v, list) else [v] * length for v in (a, b))
-        return [function(x, y) for x, y in zip(left, right, strict=True)]
-    return function(a, b)
+    return sizes(np.frompyfunc(function, 2, 1)(objects(a), objects(b)))
 
 
 def _is_float(value: Value) -> bool:
@@ -376,11 +370,8 @@ def reduction(call: Call, x: Value, axes: Value = None) -> Value:
 
 def _product(call: Call, x: Value, axes: Value, keep: bool) -> Value:
     """Mostly the number of elements of a shape."""
-    if isinstance(x, list) and not keep:
-        size: Any = 1
-        for n in x:
-            size = size * n
-        return size
+    if isinstance(x, list):
+        return sizes(objects(x).prod(tuple(axes) if axes else None, keepdims=keep))
     x = tensor(x)
     if not axes or len(axes) != 1:
         raise call.refuse("a product over several axes cannot be expressed")

@@ -2,11 +2,12 @@
 
 Numbers that describe shapes (what Shape gives, small integer constants and arithmetic on them) are Python integers and
 lists of them, not tensors. So a reshape has its sizes as literals when torch.export traces the module, and an open
-batch size stays open.
+batch size stays open. The same holds for what PyTorch's functions take as plain numbers, such as factors of a resize.
 """
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,20 @@ from torch import Tensor, nn
 
 from slimc.errors import LoadError
 
-Value = Any  # a tensor, an integer or list of integers that describes a shape, None for an input left out
+Value = Any  # a tensor, a number or list (of lists) of numbers known before the data is, None for an input left out
 Operator = Callable[..., Any]
 Array = np.ndarray[Any, Any]
 
 OPERATORS: dict[str, Operator] = {}
 """Functions by ONNX operator: (call, *inputs) to a value, or a tuple of values where the operator has several."""
 
+LITERALS = {"Resize": (1, 2), "Upsample": (1,), "Pad": (2,), "Range": (0, 1, 2), "Clip": (1, 2)}
+"""Inputs, by place, that PyTorch's functions take as plain numbers."""
+
 _SHAPE_LENGTH = 64  # a list of integers no longer than this may be a shape
+# An infinite number in a weight of these is damage; in what other operators read it is a mask.
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "InstanceNormalization",
+             "LayerNormalization", "GroupNormalization", "RMSNormalization")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,20 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """A call with the names of the values that it reads ("" for one left out) and makes."""
+    """A call with the names of the values that it reads ("" for one left out) and makes.
+
+    literals: plain numbers by their place among the inputs, which stand for the names there.
+    """
 
     call: Call
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    literals: Mapping[int, Value]
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Names of the values that it needs."""
+        return tuple(name for place, name in enumerate(self.inputs) if place not in self.literals)
 
 
 def operator(*names: str) -> Callable[[Operator], Operator]:
@@ -82,11 +98,16 @@ class OnnxModule(nn.Module):
         self._shapes: dict[str, Value] = {}
         self._places: dict[str, str] = {}
         statistics = {name for step in steps if step.call.operator == "BatchNormalization" for name in step.inputs[3:5]}
+        weights = {name for step in steps if step.call.operator in _WEIGHTED for name in step.inputs}
+        read = {name for step in steps for name in step.read} | set(outputs)
         for name, array in constants.items():
+            if name not in read:
+                continue
             if is_shape(array):
                 self._shapes[name] = array.tolist()
             else:
-                self._places[name] = _hold(self, name, array, name not in statistics)
+                is_mask = name not in weights and array.dtype.kind == "f" and not np.isfinite(array).all()
+                self._places[name] = _hold(self, name, array, name not in statistics and not is_mask)
 
     def forward(self, *inputs: Tensor) -> Any:
         """The file's inputs in their order to its outputs: a tensor, or a tuple where there are several."""
@@ -97,23 +118,41 @@ class OnnxModule(nn.Module):
         for name, place in self._places.items():
             values[name] = _at(self, place)
         for step in self._steps:
-            made = OPERATORS[step.call.operator](step.call, *(values[name] for name in step.inputs))
+            given = (step.literals[i] if i in step.literals else values[n] for i, n in enumerate(step.inputs))
+            made = OPERATORS[step.call.operator](step.call, *given)
             results = made if isinstance(made, tuple) else (made,)
-            values.update(zip(step.outputs, results, strict=False))
+            values.update((name, result) for name, result in zip(step.outputs, results, strict=False) if name)
         found = tuple(tensor(values[name]) for name in self._outputs)
         return found[0] if len(found) == 1 else found
 
 
 def is_shape(array: Array) -> bool:
     """Whether a constant may describe a shape: one integer, or a short list of them."""
-    return array.dtype == np.int64 and (array.ndim == 0 or (array.ndim == 1 and len(array) <= _SHAPE_LENGTH))
+    return array.dtype in (np.int64, np.int32) and array.ndim < 2 and array.size <= _SHAPE_LENGTH
 
 
 def tensor(value: Value, like: Tensor | None = None) -> Tensor:
     """A value as a tensor, for operators that do not compute with shapes."""
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(value, dtype=torch.int64, device=None if like is None else like.device)
+    first = next(iter(objects(value).flat), 0)
+    kind = torch.bool if isinstance(first, bool) else None if isinstance(first, float) else torch.int64
+    return torch.tensor(value, dtype=kind, device=None if like is None else like.device)
+
+
+def torch_type(number: int) -> torch.dtype:
+    """The type of PyTorch for one of ONNX."""
+    return torch.from_numpy(np.zeros(0, onnx.helper.tensor_dtype_to_np_dtype(number))).dtype
+
+
+def objects(value: Value) -> Array:
+    """Sizes as an array of Python's numbers, among which may be an open batch; rearranged, see ``sizes``."""
+    return np.array(value, dtype=object)
+
+
+def sizes(array: Any) -> Value:
+    """An array of Python's numbers, or a single one, as the list (of lists) or number that other operators read."""
+    return array.tolist() if isinstance(array, np.ndarray) else array
 
 
 def _hold(root: nn.Module, name: str, array: Array, is_trained: bool) -> str:
@@ -121,6 +160,7 @@ def _hold(root: nn.Module, name: str, array: Array, is_trained: bool) -> str:
     # torch's exporter names what it makes val_1, unsqueeze ..., and meets these names in a file that it has written.
     name = name if "." in name else f"constants.{name}"
     parts = [re.sub(r"\W", "_", part) or "_" for part in name.split(".")]
+    parts = [f"{part}_" if keyword.iskeyword(part) else part for part in parts]  # torch writes them into code
     owner = root
     for part in parts[:-1]:
         if part not in owner._modules and not hasattr(owner, part):

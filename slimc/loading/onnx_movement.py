@@ -7,12 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimc.loading.onnx_module import Call, Value, operator, tensor
+from slimc.loading.onnx_module import Call, Value, is_shape, objects, operator, sizes, tensor, torch_type
 
 _END = 2**31 - 1  # files write "to the end" as any number from here up
 
@@ -20,23 +19,24 @@ _END = 2**31 - 1  # files write "to the end" as any number from here up
 
 
 @operator("Shape")
-def shape(call: Call, x: Tensor) -> Value:
+def shape(call: Call, x: Value) -> Value:
     """The sizes of the axes from `start` to `end`."""
-    return list(x.shape)[call.get("start", 0) : call.get("end", None)]
+    own = x.shape if isinstance(x, Tensor) else objects(x).shape
+    return list(own)[call.get("start", 0) : call.get("end", None)]
 
 
 @operator("Size")
-def size(_call: Call, x: Tensor) -> Value:
+def size(_call: Call, x: Value) -> Value:
     """How many elements there are."""
-    return x.numel()
+    return x.numel() if isinstance(x, Tensor) else objects(x).size
 
 
 @operator("Cast")
 def cast(call: Call, x: Value) -> Value:
     """Another type; sizes stay sizes as long as they are whole numbers."""
-    kind = _kind(call.get("to"))
+    kind = torch_type(call.get("to"))
     if not isinstance(x, Tensor) and kind in (torch.int64, torch.int32):
-        return x
+        return sizes(np.frompyfunc(lambda n: int(n) if isinstance(n, (bool, float)) else n, 1, 1)(objects(x)))
     return tensor(x).to(kind)
 
 
@@ -46,17 +46,13 @@ def cast_like(_call: Call, x: Value, other: Value) -> Value:
     return tensor(x).to(tensor(other).dtype) if isinstance(other, Tensor) else x
 
 
-def _kind(number: int) -> torch.dtype:
-    return torch.from_numpy(np.zeros(0, onnx.helper.tensor_dtype_to_np_dtype(number))).dtype
-
-
 @operator("ConstantOfShape")
-def constant_of_shape(call: Call, sizes: Value) -> Value:
+def constant_of_shape(call: Call, shape: Value) -> Value:
     """One number everywhere."""
     value = call.get("value", np.zeros(1, np.float32))
     number = value.reshape(-1)[0].item()
-    wanted = list(_sizes(call, sizes))
-    if value.dtype == np.int64 and len(wanted) == 1 and isinstance(wanted[0], int) and wanted[0] <= 8:
+    wanted = list(_known(call, shape))
+    if is_shape(value) and len(wanted) == 1 and isinstance(wanted[0], int) and wanted[0] <= 8:
         return [number] * wanted[0]
     return torch.full(wanted, number, dtype=torch.from_numpy(value).dtype)
 
@@ -68,7 +64,7 @@ def arange(_call: Call, start: Value, limit: Value, delta: Value) -> Value:
     return torch.arange(start, limit, delta)
 
 
-def _sizes(call: Call, value: Value) -> Sequence[Any]:
+def _known(call: Call, value: Value) -> Sequence[Any]:
     """A shape that is known before the data is."""
     if isinstance(value, (list, tuple)):
         return value
@@ -83,14 +79,12 @@ def _list(value: Value) -> list[Any]:
 
 
 @operator("Reshape")
-def reshape(call: Call, x: Value, sizes: Value) -> Value:
+def reshape(call: Call, x: Value, wanted: Value) -> Value:
     """0 keeps the size that is there (unless `allowzero`), -1 is what is left."""
-    sizes = list(_sizes(call, sizes))
-    if not isinstance(x, Tensor):
-        return (_list(x)[0] if not sizes else _list(x)) if len(sizes) < 2 else tensor(x).reshape(sizes)
+    source, wanted = x if isinstance(x, Tensor) else objects(x), list(_known(call, wanted))
     if not call.get("allowzero", 0):
-        sizes = [x.shape[i] if isinstance(n, int) and n == 0 else n for i, n in enumerate(sizes)]
-    return x.reshape(sizes)
+        wanted = [source.shape[i] if isinstance(n, int) and n == 0 else n for i, n in enumerate(wanted)]
+    return sizes(source.reshape(wanted))
 
 
 @operator("Flatten")
@@ -108,9 +102,8 @@ def flatten(call: Call, x: Tensor) -> Tensor:
 def squeeze(call: Call, x: Value, axes: Value = None) -> Value:
     """Drop axes of one index."""
     axes = call.get("axes", axes)
-    if isinstance(x, list):
-        return x[0]
-    return x.squeeze() if axes is None else x.squeeze(tuple(_list(axes)))
+    source = x if isinstance(x, Tensor) else objects(x)
+    return sizes(source.squeeze() if axes is None else source.squeeze(tuple(_list(axes))))
 
 
 @operator("Unsqueeze")
@@ -118,9 +111,7 @@ def unsqueeze(call: Call, x: Value, axes: Value = None) -> Value:
     """New axes of one index."""
     axes = _list(call.get("axes", axes))
     if not isinstance(x, Tensor):
-        if not isinstance(x, list) and len(axes) == 1:
-            return [x]
-        x = tensor(x)
+        return sizes(np.expand_dims(objects(x), tuple(axes)))
     rank = x.dim() + len(axes)
     for axis in sorted(axis % rank for axis in axes):
         x = x.unsqueeze(axis)
@@ -128,41 +119,46 @@ def unsqueeze(call: Call, x: Value, axes: Value = None) -> Value:
 
 
 @operator("Transpose")
-def transpose(call: Call, x: Tensor) -> Tensor:
+def transpose(call: Call, x: Value) -> Value:
     """Axes in another order; reversed where none is given."""
+    if not isinstance(x, Tensor):
+        return sizes(objects(x).transpose(call.get("perm")))
     return x.permute(call.get("perm") or list(reversed(range(x.dim()))))
 
 
 @operator("Expand")
-def expand(call: Call, x: Value, sizes: Value) -> Tensor:
+def expand(call: Call, x: Value, wanted: Value) -> Tensor:
     """Broadcast against a shape, in both directions."""
-    source, sizes = tensor(x), list(_sizes(call, sizes))
-    own = [1] * (len(sizes) - source.dim()) + list(source.shape)
-    sizes = [1] * (len(own) - len(sizes)) + sizes
-    return source.expand([o if isinstance(n, int) and n == 1 else n for o, n in zip(own, sizes, strict=True)])
+    source, wanted = tensor(x), list(_known(call, wanted))
+    own = [1] * (len(wanted) - source.dim()) + list(source.shape)
+    wanted = [1] * (len(own) - len(wanted)) + wanted
+    return source.expand([o if isinstance(n, int) and n == 1 else n for o, n in zip(own, wanted, strict=True)])
 
 
 @operator("Tile")
 def tile(call: Call, x: Value, repeats: Value) -> Tensor:
     """Whole copies along each axis."""
-    return tensor(x).repeat(list(_sizes(call, repeats)))
+    return tensor(x).repeat(list(_known(call, repeats)))
 
 
 @operator("Concat")
 def concat(call: Call, *parts: Value) -> Value:
     """One after the other along an axis."""
     if not any(isinstance(part, Tensor) for part in parts):
-        return [n for part in parts for n in _list(part)]
+        return sizes(np.concatenate([objects(part) for part in parts], call.get("axis")))
     return torch.cat([tensor(part) for part in parts], call.get("axis"))
 
 
 @operator("Split")
-def split(call: Call, x: Value, sizes: Value = None) -> tuple[Value, ...]:
-    """Pieces of given sizes, else as many equal ones as there are results."""
-    source, axis, sizes = tensor(x), call.get("axis", 0), call.get("split", sizes)
-    if sizes is None:
-        return torch.split(source, -(-source.shape[axis] // call.results), axis)
-    return torch.split(source, list(_sizes(call, sizes)), axis)
+def split(call: Call, x: Value, lengths: Value = None) -> tuple[Value, ...]:
+    """Pieces of given lengths, else as many equal ones as there are results."""
+    axis, lengths = call.get("axis", 0), call.get("split", lengths)
+    source = x if isinstance(x, Tensor) else objects(x)
+    lengths = -(-source.shape[axis] // call.results) if lengths is None else list(_known(call, lengths))
+    if isinstance(source, Tensor):
+        return torch.split(source, lengths, axis)
+    ends = np.cumsum(lengths)[:-1] if isinstance(lengths, list) else range(lengths, source.shape[axis], lengths)
+    return tuple(sizes(piece) for piece in np.split(source, list(ends), axis))
 
 
 @operator("Slice")
@@ -170,19 +166,21 @@ def slice_(
     call: Call, x: Value, starts: Value = None, ends: Value = None, axes: Value = None, steps: Value = None
 ) -> Value:
     """A part along some axes; bounds are attributes in old files and inputs in newer ones."""
-    starts, ends = (_list(_sizes(call, call.get(n, v))) for n, v in (("starts", starts), ("ends", ends)))
+    starts, ends = (_list(_known(call, call.get(n, v))) for n, v in (("starts", starts), ("ends", ends)))
     axes = _list(call.get("axes", axes) or list(range(len(starts))))
     steps = _list(steps) if steps is not None else [1] * len(starts)
     if isinstance(x, list):
-        return x[starts[0] : None if _is_end(ends[0]) else ends[0] : steps[0]]
+        bounds = {a: slice(start, end, step) for start, end, a, step in zip(starts, ends, axes, steps, strict=True)}
+        rank = objects(x).ndim
+        return sizes(objects(x)[tuple(bounds.get(a, bounds.get(a - rank, slice(None))) for a in range(rank))])
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step == -1 and (start == -1 or _is_end(start)) and isinstance(end, int) and end < -(2**30):
             x = x.flip(axis)
             continue
         if step < 1:
             raise call.refuse("a slice that runs backwards cannot be expressed")
-        bounds = slice(None if start == 0 else start, None if _is_end(end) else end, step)
-        x = x[(slice(None),) * (axis % x.dim()) + (bounds,)]
+        part = slice(None if start == 0 else start, None if _is_end(end) else end, step)
+        x = x[(slice(None),) * (axis % x.dim()) + (part,)]
     return x
 
 
@@ -193,7 +191,7 @@ def _is_end(bound: Any) -> bool:
 @operator("Pad")
 def pad(call: Call, x: Tensor, pads: Value = None, value: Value = None, axes: Value = None) -> Tensor:
     """A border on each side of each axis."""
-    pads = list(_sizes(call, call.get("pads", pads)))
+    pads = list(_known(call, call.get("pads", pads)))
     chosen = [axis % x.dim() for axis in _list(axes)] if axes is not None else list(range(x.dim()))
     before, after = [0] * x.dim(), [0] * x.dim()
     for place, axis in enumerate(chosen):
@@ -203,9 +201,10 @@ def pad(call: Call, x: Tensor, pads: Value = None, value: Value = None, axes: Va
     ]
     widths = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
     if mode == "constant":
-        number = call.get("value", 0.0 if value is None else value)
+        number = call.get("value", 0.0 if value is None else _list(value)[0])
         return F.pad(x, widths, value=float(number))
-    while len(widths) > 2 and widths[-2:] == [0, 0]:
+    # torch takes the last axes in these modes, all but one or two of them.
+    while len(widths) > max(2, 2 * (x.dim() - 2)) and widths[-2:] == [0, 0]:
         widths = widths[:-2]
     return F.pad(x, widths, mode)
 
@@ -225,43 +224,6 @@ def depth_to_space(call: Call, x: Tensor) -> Tensor:
     return blocks.permute(0, 3, 4, 1, 5, 2).reshape(n, c // block**2, h * block, w * block)
 
 
-@operator("Resize", "Upsample")
-def resize(call: Call, x: Tensor, *given: Value) -> Tensor:
-    """Interpolation, in the ways that torch has."""
-    roi, scales, sizes = (None, *given, None)[:3] if call.operator == "Upsample" else (*given, None, None, None)[:3]
-    del roi
-    mode, way = call.get("mode", "nearest"), call.get("coordinate_transformation_mode", "half_pixel")
-    if call.operator == "Upsample" or call.opset < 11:
-        way = "asymmetric"
-    scales = call.get("scales", scales)
-    rank = x.dim() - 2
-    if isinstance(scales, Tensor):
-        scales = scales.tolist()
-    factors = [float(s) for s in scales[2:]] if scales else None
-    target = None if factors else list(_sizes(call, sizes))[2:]
-    if call.get("antialias", 0) or call.get("axes") or call.get("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise call.refuse("this kind of resizing cannot be expressed")
-    options: dict[str, Any] = {"size": target, "scale_factor": factors}
-    if mode == "nearest":
-        if way != "asymmetric" or call.get("nearest_mode", "round_prefer_floor") != "floor":
-            whole = factors is not None and all(f == int(f) for f in factors)
-            if not whole and not (target and _divides(x, target)):
-                raise call.refuse(f"nearest neighbours by {way} cannot be expressed")
-        return F.interpolate(x, mode="nearest", **options)
-    kinds = {"linear": ("linear", "bilinear", "trilinear")[rank - 1], "cubic": "bicubic"}
-    if way not in ("half_pixel", "pytorch_half_pixel", "align_corners") or (
-        mode == "cubic" and call.get("cubic_coeff_a", -0.75) != -0.75
-    ):
-        raise call.refuse(f"{mode} interpolation by {way} cannot be expressed")
-    return F.interpolate(x, mode=kinds[mode], align_corners=way == "align_corners", **options)
-
-
-def _divides(x: Tensor, target: Sequence[Any]) -> bool:
-    return all(
-        isinstance(t, int) and isinstance(s, int) and t % s == 0 for t, s in zip(target, x.shape[2:], strict=True)
-    )
-
-
 # -- look-ups -------------------------------------------------------------------------------------------
 
 
@@ -270,16 +232,19 @@ def gather(call: Call, x: Value, indices: Value) -> Value:
     """Indices along one axis; one literal index is a select, a table of words an embedding."""
     axis = call.get("axis", 0)
     if not isinstance(x, Tensor):
-        if isinstance(x, list) and not isinstance(indices, Tensor):
-            return [x[i] for i in indices] if isinstance(indices, list) else x[indices]
+        if not isinstance(indices, Tensor):
+            return sizes(objects(x).take(indices, axis))
         x = tensor(x)
-    if not isinstance(indices, Tensor):
-        if not isinstance(indices, list):
-            return x.select(axis, indices)
-        step = {b - a for a, b in pairwise(indices)}
-        if step <= {1} and indices and indices[0] >= 0:
-            return x.narrow(axis, indices[0], len(indices))
-        return x.index_select(axis, tensor(indices, x))
+    if not isinstance(indices, (Tensor, list)):
+        return x.select(axis, indices)
+    if isinstance(indices, list):
+        size = x.shape[axis]
+        known = np.frompyfunc(lambda i: i + size if i < 0 else i, 1, 1)(objects(indices))
+        if known.ndim == 1 and known.size and all(b - a == 1 for a, b in pairwise(known)):
+            return x.narrow(axis, known[0], known.size)
+        indices = tensor(sizes(known), x)
+        if known.ndim == 1:
+            return x.index_select(axis, indices)
     if axis == 0 and x.dim() == 2 and x.is_floating_point():
         return F.embedding(indices.to(torch.int64), x)
     axis %= x.dim()
@@ -324,17 +289,18 @@ def scatter_elements(call: Call, x: Tensor, indices: Value, updates: Tensor) -> 
 @operator("Where")
 def where(_call: Call, condition: Value, a: Value, b: Value) -> Value:
     """One or the other, element by element."""
-    if isinstance(a, list) and isinstance(b, list) and isinstance(condition, Tensor) and len(a) == len(b):
-        return [x if one else y for one, x, y in zip(condition.tolist(), a, b, strict=True)]
+    if not any(isinstance(value, Tensor) for value in (condition, a, b)):
+        return sizes(np.frompyfunc(lambda one, x, y: x if one else y, 3, 1)(*map(objects, (condition, a, b))))
     left, right = tensor(a), tensor(b)
     return torch.where(tensor(condition), left, right)
 
 
 @operator("TopK")
-def top_k(call: Call, x: Tensor, count: Value) -> tuple[Value, ...]:
-    """The largest or smallest along an axis, with where they stood."""
+def top_k(call: Call, x: Tensor, count: Value = None) -> tuple[Value, ...]:
+    """The largest or smallest along an axis, with where they stood; how many is an attribute in old files."""
+    count = call.get("k", count)
     largest, ordered = bool(call.get("largest", 1)), bool(call.get("sorted", 1))
-    values, places = torch.topk(x, _list(_sizes(call, _list(count)))[0], call.get("axis", -1), largest, ordered)
+    values, places = torch.topk(x, _list(_known(call, _list(count)))[0], call.get("axis", -1), largest, ordered)
     return values, places
 
 
