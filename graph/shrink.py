@@ -20,6 +20,9 @@ from .resize import Cut
 from .rule import Value
 from .terms import Terms
 
+OPEN = "open"
+"""In a node's meta: the axes that could have any size before the sizes left were written into it."""
+
 
 def shrink(
     types: Types, grouping: Grouping, cut: Cut, module: GraphModule, twins: dict[Node, Node]
@@ -47,6 +50,7 @@ def shrink(
         twin = twins[node]
         values[twin] = value(found)
         if found is not None:
+            twin.meta[OPEN] = open_axes(node)
             twin.meta["val"] = _shaped(node.meta["val"], values[twin])
     tensors = {name: value(axes) for name, axes in types.tensors.items()}
     smaller = replace(
@@ -62,6 +66,15 @@ def shrink(
     # What a normalisation takes its statistics over may be no axis of a value, and has no number.
     numbers = {id(own): grouping.axis_number[whole] for whole, own in known.items() if whole in grouping.axis_number}
     return smaller, replace(grouping, groups=groups, axis_number=numbers)
+
+
+def open_axes(node: Node) -> tuple[int, ...]:
+    """The axes of a node's value that may have any size, as the batch; none for values of several parts."""
+    if OPEN in node.meta:
+        return tuple(node.meta[OPEN])
+    shape: tuple[Any, ...] = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
+    is_open = [not isinstance(size, int) and not size.node.expr.is_number for size in shape]
+    return tuple(axis for axis, own in enumerate(is_open) if own)
 
 
 def _shaped(before: Any, axes: Value) -> Any:

@@ -18,6 +18,7 @@ from .activations import Place, See, Watching
 from .errors import UsageError
 from .graph.infer import Types, attribute, hint
 from .graph.rule import operator_name, writes
+from .graph.shrink import open_axes
 from .graph.stateless import Stateless
 from .losses import check_finite, loss_of
 from .onednn import Guard
@@ -270,7 +271,5 @@ def _batch_axis(types: Types, site: Site) -> int | None:
     shape = site.shaped.meta["val"].shape
     if types.captured.dynamic_shapes is None:
         return 0 if shape and hint(shape[0]) == batch and site.axis > 0 else None
-    open_axes = [axis for axis, size in enumerate(shape) if not isinstance(size, int) and not size.node.expr.is_number]
-    if len(open_axes) != 1 or hint(shape[open_axes[0]]) != batch or open_axes[0] == site.axis:
-        return None
-    return open_axes[0]
+    found = open_axes(site.shaped)
+    return found[0] if len(found) == 1 and hint(shape[found[0]]) == batch and found[0] != site.axis else None

@@ -48,16 +48,28 @@ def example_inputs(
     if files and len(given) > 1:
         raise UsageError("--input: give one file with all inputs, or a shape for each input")
     if files:
-        return _from_file(Path(files[0]), _names(model))
+        example = _from_file(Path(files[0]), _names(model))
+        return _in_order(example, Path(files[0]), getattr(model, "input_names", None))
     return Example(tuple(_tensor(text, generator, batch) for text in given), {})
 
 
 def _names(model: nn.Module | None) -> list[str] | None:
     """What a model's arguments are called; None where it takes any."""
+    if names := getattr(model, "input_names", None):  # of a graph whose inputs have names, and are given in order
+        return list(names)
     parameters = inspect.signature(model.forward).parameters if model is not None else {}
     if not parameters or any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values()):
         return None
     return list(parameters)
+
+
+def _in_order(example: Example, path: Path, order: Sequence[str] | None) -> Example:
+    """Arguments by name as a graph takes them: by position."""
+    if not order or not example.kwargs:
+        return example
+    if missing := [name for name in order if name not in example.kwargs]:
+        raise UsageError(f"{path} lacks {', '.join(missing)}; the model takes {', '.join(order)}")
+    return Example(tuple(example.kwargs[name] for name in order), {})
 
 
 def _from_file(path: Path, names: list[str] | None) -> Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -365,3 +365,53 @@ def test_multiples_that_leave_much_of_the_budget_unused_are_said() -> None:
     assert any("multiples of 16, which leaves 66.7% of --flops where 90.0%" in text for text in coarse.report.warnings)
     fine = plain(model, X, flops=0.9, round_to=1)
     assert not any("multiples" in text for text in fine.report.warnings)
+
+
+def test_inputs_that_the_model_writes_into_are_the_callers_all_the_same() -> None:
+    model, x = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 8), nn.Linear(8, 2)), torch.randn(2, 6)
+    before = x.clone()
+    slimc.compress(model, x, params=0.8, round_to=1, recover="none")
+    assert torch.equal(x, before)
+
+
+def test_a_layer_may_be_ignored_by_any_of_its_names() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a = nn.Linear(6, 8), nn.Linear(8, 8)
+            self.b = nn.ModuleDict({"shared": self.a, "own": nn.Linear(8, 8)})
+            self.head, self.unused = nn.Linear(8, 2), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.relu(self.b["own"](self.b["shared"](self.a(self.first(x))))))
+            return out
+
+    analysis = slimc.inspect(Shared(), torch.randn(2, 6))
+    assert analysis.matching(["b.shared"]) == analysis.matching(["a"]) != []
+    assert set(analysis.matching(["b"])) >= set(analysis.matching(["a"]))
+    assert analysis.matching(["unused"]) == []  # it is there, and stays anyway
+
+
+def test_the_random_state_of_data_that_draws_is_the_callers() -> None:
+    class Drawing:
+        def __iter__(self) -> Iterator[Tensor]:
+            yield torch.randn(8, 6) * random.random() * np.random.rand()
+
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), torch.randn(2, 6)
+    before = (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
+    slim = slimc.compress(model, x, params=0.8, round_to=1, recover="bias", data=Drawing())
+    slimc.apply(model, slim.plan, x, recover="bias", data=Drawing())
+    assert (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()) == before
+
+
+def test_arguments_that_would_do_nothing_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), torch.randn(2, 6)
+    with pytest.raises(UsageError, match="val is for training"):
+        slimc.compress(model, x, params=0.8, val=[x])
+    slim = slimc.compress(model, x, params=0.8, round_to=1, recover="none")
+    with pytest.raises(UsageError, match="needs --data"):
+        slimc.apply(model, slim.plan, x, recover="bias")
+    (warning,) = slimc.apply(model, slim.plan, x, recover="auto").report.warnings
+    assert "as the cut left them" in warning
+    with pytest.raises(UsageError, match="'overwrit'"):
+        slim.save("nowhere", onnx=False, overwrit=True)

@@ -198,3 +198,34 @@ def test_a_cast_has_a_storage_of_its_own() -> None:
 
     # tanh's result and the cast of it, of 4 and 8 bytes a number.
     assert analyse(Cast().eval(), torch.randn(2, 10)).full.memory == 10 * (4 + 8)
+
+
+def test_a_reshape_behind_swapped_axes_copies_and_one_of_a_map_does_not() -> None:
+    class Tokens(nn.Module):
+        def __init__(self, swapped: bool) -> None:
+            super().__init__()
+            self.conv, self.swapped = nn.Conv2d(4, 32, 1), swapped
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            out: Tensor = y.permute(0, 2, 3, 1) if self.swapped else y
+            return out.flatten(1)
+
+    x = torch.randn(2, 4, 8, 8)
+    one, other = 4 * 64 * 4, 4 * 64 * 32  # bytes of the input and of a map
+    assert slimc.inspect(Tokens(swapped=False), x).full.memory == one + other
+    assert slimc.inspect(Tokens(swapped=True), x).full.memory == 2 * other
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_what_is_computed_from_weights_alone_is_work_of_every_sample(batch: int) -> None:
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(64, 8)), nn.Parameter(torch.randn(8, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = nn.functional.linear(x, self.a @ self.b)
+            return out
+
+    assert slimc.inspect(LowRank(), torch.randn(batch, 64)).macs == 64 * 8 * 64 + 64 * 64

@@ -238,3 +238,13 @@ def test_the_number_of_groups_is_told_from_a_group_width_of_the_same_size() -> N
     assert isinstance(grouped, nn.Conv2d)
     assert grouped.groups == 8
     assert grouped.weight.shape[1] == 7
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(8), nn.AdaptiveAvgPool2d(8), nn.MaxPool2d(8, stride=2)])
+def test_a_window_as_wide_as_there_are_channels_is_no_number_of_channels(pool: nn.Module) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), pool, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+
+    model = seeded(make)
+    slim = cut(model, noise(2, 3, 16, 16), params=0.6)
+    assert type(slim.module) is nn.Sequential

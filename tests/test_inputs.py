@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from slimc.errors import UsageError
 from slimc.inputs import example_inputs
@@ -100,3 +101,18 @@ def test_a_single_array_need_not_have_the_arguments_name_and_several_must(tmp_pa
     np.savez(tmp_path / "two.npz", pictures=np.ones((2, 3)), labels=np.ones(2))
     with pytest.raises(UsageError, match=r"holds pictures, labels; .* the model takes input"):
         example_inputs([str(tmp_path / "two.npz")], None, 0, None, model)
+
+
+def test_arrays_are_put_in_the_order_of_a_graphs_inputs(tmp_path: Path) -> None:
+    class Graph(nn.Module):
+        input_names = ("image", "ids")
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return inputs[0]
+
+    np.savez(tmp_path / "named.npz", ids=np.zeros((2, 4), np.int64), image=np.ones((2, 3)))
+    example = example_inputs([str(tmp_path / "named.npz")], None, 0, model=Graph())
+    assert [tuple(tensor.shape) for tensor in example.args] == [(2, 3), (2, 4)]
+    np.savez(tmp_path / "half.npz", image=np.ones((2, 3)))
+    with pytest.raises(UsageError, match="lacks ids"):
+        example_inputs([str(tmp_path / "half.npz")], None, 0, model=Graph())

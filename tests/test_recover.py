@@ -411,3 +411,36 @@ def test_a_step_that_ends_in_an_error_leaves_the_weights_as_they_were(monkeypatc
     with pytest.raises(RuntimeError, match="broken off"):
         slim.recover("break", [data])
     assert all(torch.equal(tensor, before[name]) for name, tensor in slim.module.state_dict().items())
+
+
+class Attending(nn.Module):
+    """Attention whose heads lie along one axis with the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+        return out
+
+
+class Deciding(nn.Module):
+    """Gives whole numbers only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x).argmax(1)
+        return out
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Attending, (5, 16)), (Deciding, (6,))])
+def test_distillation_leaves_out_what_cannot_be_compared(make: Any, shape: tuple[int, ...]) -> None:
+    options: dict[str, Any] = {"params": 0.6, "round_to": 1, "scorer": "magnitude", "recover": "distill"}
+    with torch.no_grad():
+        slim = slimc.compress(seeded(make), noise(2, *shape), data=[noise(48, *shape, seed=1)], **options)
+    (step,) = slim.report.recovery or ()
+    assert "epochs of distillation" in step.detail

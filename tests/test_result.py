@@ -438,3 +438,24 @@ def test_names_that_files_cannot_hold_are_replaced(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
     assert [value.name for value in session.get_outputs()] == ["output"]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["model"] == "not utf-8: ?"
+
+
+def test_what_is_loaded_is_of_one_precision_and_has_values(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+            self.register_buffer("scale", torch.linspace(1, 2, 8), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.a(x) * self.get_buffer("scale"))
+            return out
+
+    x = torch.randn(2, 6)
+    slim = slimc.compress(Scaled(), x, params=0.6, round_to=1, recover="none")
+    folder = slim.save(tmp_path / "out", onnx=False)
+    torch.testing.assert_close(slimc.load(folder, Scaled().double())(x), slim.module(x))
+    with torch.device("meta"):
+        empty = Scaled()
+    with pytest.raises(PlanError, match="scale is saved nowhere and has no values"):
+        slimc.load(folder, empty)

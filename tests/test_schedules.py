@@ -387,3 +387,15 @@ def test_a_budget_that_needs_what_a_schedule_cannot_cut_is_refused_before_traini
         with pytest.raises(UnreachableTarget):
             trained.extend(phase.name for phase in run)
     assert not trained
+
+
+def test_groups_that_a_scorer_says_nothing_of_stay_whole_in_schedules() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    data = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(2)]
+    options: dict[str, Any] = {"flops": 0.8, "epochs": 1, "scorer": "apoz", "recover": "none", "round_to": 1}
+    run = slimc.schedule("iterative", model, data[0][0], data=data, **options)
+    widths = {group.name: group.kept for group in run.result.plan.groups}
+    assert widths["0.weight"] == 16  # no rectifier behind it
+    assert widths["1.weight"] < 16
+    assert any("says nothing of these groups, which stay whole: 0.weight" in w for w in run.result.report.warnings)

@@ -8,6 +8,11 @@ import torch
 from scoring import analysed, build, eager_loss, labelled, run, score
 from torch import Tensor, nn
 
+from slimc.gradients import _batch_axis
+from slimc.graph.resize import Cut
+from slimc.graph.shrink import shrink
+from slimc.rewrite import rewrite
+from slimc.roles import writers
 from slimc.scores import Scores
 
 NORMS = ("bn0", "bn1", "bn2")
@@ -265,3 +270,12 @@ def test_a_scale_behind_the_norm_counts_for_gates() -> None:
         norm.weight[2] = norm.bias[2] = 0.0  # type: ignore[operator]
     for name in ("gate", "taylor", "snip", "fisher", "taylor-activation"):
         assert score(name, model, labelled())["a.weight"][2] == 0.0
+
+
+def test_samples_go_together_in_a_network_that_was_cut_as_well() -> None:
+    analysis = analysed("resnet")
+    cut = Cut(analysis.types, np.arange(analysis.types.solution.variables) % 2 == 0)
+    slim = rewrite(analysis.types, cut)
+    smaller, _ = shrink(analysis.types, analysis.grouping, cut, slim.module, slim.twins)
+    for types in (analysis.types, smaller):
+        assert {_batch_axis(types, site) for site in writers(types)} == {0}

@@ -109,6 +109,11 @@ class OnnxModule(nn.Module):
                 is_mask = name not in weights and array.dtype.kind == "f" and not np.isfinite(array).all()
                 self._places[name] = _hold(self, name, array, name not in statistics and not is_mask)
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What the graph calls its inputs, in the order in which `forward` takes them."""
+        return self._inputs
+
     def forward(self, *inputs: Tensor) -> Any:
         """The file's inputs in their order to its outputs: a tensor, or a tuple where there are several."""
         if len(inputs) != len(self._inputs):

@@ -205,6 +205,9 @@ def _compressed(
         f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"
         for place, moved in network.clipped.items()
     ]
+    for scorer_name in sorted(set(run.unscored.values())):
+        names = ", ".join(group for group, own in run.unscored.items() if own == scorer_name)
+        warnings.append(f"--scorer {scorer_name} says nothing of these groups, which stay whole: {names}")
     with _trained(analysis, network):
         slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
     settings = {key: str(value) for key, value in options.settings.items()}

@@ -86,6 +86,7 @@ class Run:
         self._measured_at, self._steps = 0.0, 0
         self._began = self._saved_at = time.monotonic()
         self._samples: Samples | None = None
+        self.unscored: dict[str, str] = {}  # groups by name, and the scorer that says nothing of them
         self._result: Any = None
         self._phases: Iterator[Phase] | None = None
         self._own_random_state = OwnRandomState(options.seed, _SAMPLES_SEED)
@@ -254,7 +255,9 @@ class Run:
         graph.train(training)
         total, unscored = np.full(self.analysis.types.solution.variables, np.nan), scores.unscored(plain)
         for group, own in zip(grouping.groups, found, strict=True):
-            if group.number not in unscored:
+            if group.number in unscored:
+                self.unscored[group.name] = method.name
+            else:
                 total[group.variables] = own
         return total
 
