@@ -34,6 +34,7 @@ Attributes = dict[str, dict[str, Any]]
 
 _TOLERANCE = 1e-4
 _TRIES, _TRAINING = 4, 1
+_LARGEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def set_attributes(module: nn.Module, attributes: Attributes) -> None:
         own = vars(modules[path]) if path in modules else {}
         for name, value in values.items():
             new = tuple(value) if isinstance(value, list) else value
-            if not (_is_size(new) and _is_size(own.get(name)) and _is_at_most(new, own[name])):
+            if not (_is_size(new) and _is_size(own.get(name)) and _is_like(new, own[name])):
                 raise PlanError(
                     f"attributes of the plan: {path or type(module).__name__} has no size {name!r} that {value!r} "
                     "could take the place of"
@@ -83,11 +84,11 @@ def _is_size(value: Any) -> bool:
     return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
 
 
-def _is_at_most(new: Any, old: Any) -> bool:
-    """Whether a size, or each of several, is left as it was or shrinks to 1 or more."""
+def _is_like(new: Any, old: Any) -> bool:
+    """Whether a size (or a number that goes with one, as a shift or padding), or each of several, may replace another."""
     if isinstance(new, tuple) and isinstance(old, tuple):
-        return len(new) == len(old) and all(map(_is_at_most, new, old))
-    return isinstance(new, type(old)) and (new == old or 1 <= new < old)
+        return len(new) == len(old) and all(map(_is_like, new, old))
+    return isinstance(new, type(old)) and (new == 0 or (new > 0) == (old > 0)) and abs(new) < _LARGEST
 
 
 def _names(types: Types) -> list[str]:

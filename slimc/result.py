@@ -238,7 +238,7 @@ class Compressed:
         onnx: False leaves the ONNX file out, and what is measured on it. latency: also measure that file beside the
         original. Raises OutputError, ParityError.
         """
-        known = inspect.signature(latency_of.measure_all).parameters
+        known = inspect.signature(latency_of.measure).parameters
         if unknown := sorted(latency_options.keys() - known.keys()):
             raise UsageError(f"save() has no option {unknown[0]!r}")
         target = Path(folder)

@@ -147,7 +147,8 @@ def test_a_map_of_one_element_is_normalised(tmp_path: Path) -> None:
     onnx.save(graph_of([node("InstanceNormalization", "x s b", "y")], [1, 4, 1, 1], {"s": numbers(4), "b": numbers(4)}),
               path)  # fmt: skip
     got, wanted = both(path, numbers(1, 4, 1, 1))
-    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-5, atol=1e-5)
+    # What rounding leaves of a number less its mean is divided by the root of 1e-5.
+    np.testing.assert_allclose(got.numpy(), wanted, atol=4 * np.finfo(np.float32).eps / 1e-5**0.5)
 
 
 def test_how_many_of_the_largest_is_an_attribute_in_old_files(tmp_path: Path) -> None:
