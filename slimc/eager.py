@@ -85,7 +85,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_like(new: Any, old: Any) -> bool:
-    """Whether a size (or a number that goes with one, as a shift or padding), or each of several, may replace another."""
+    """Whether a size (or a number that goes with one, as a shift), or each of several, may replace another."""
     if isinstance(new, tuple) and isinstance(old, tuple):
         return len(new) == len(old) and all(map(_is_like, new, old))
     return isinstance(new, type(old)) and (new == 0 or (new > 0) == (old > 0)) and abs(new) < _LARGEST
