@@ -162,36 +162,33 @@ def test_an_architecture_that_is_none_says_the_forms(arch: str, model: nn.Module
         load(written(model.state_dict(), tmp_path), arch=arch)
 
 
-def test_tied_weights_that_are_stored_once_are_found_under_each_name(tmp_path: Path) -> None:
-    (tmp_path / "tied_net.py").write_text(
-        "from torch import nn\n"
-        "class Tied(nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)\n"
-        "        self.b.weight = self.a.weight\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        model = importlib.import_module("tied_net").Tied()
-        save_model(model, str(tmp_path / "tied.safetensors"))
-        loaded = load(str(tmp_path / "tied.safetensors"), arch="tied_net:Tied")
-    assert_same(loaded.model, model)
+@pytest.fixture
+def own_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], nn.Module]:
+    """Makes a module of the user's own, `Net` with these lines in its constructor, that can be imported."""
+
+    def make(module: str, lines: str) -> nn.Module:
+        head = "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        (tmp_path / f"{module}.py").write_text(f"{head}        {lines}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        network: nn.Module = importlib.import_module(module).Net()
+        return network
+
+    return make
 
 
-def test_an_attribute_that_is_called_as_a_wrapper_keeps_its_name(tmp_path: Path) -> None:
-    (tmp_path / "wrapped_net.py").write_text(
-        "from torch import nn\n"
-        "class Wrapped(nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.module = nn.Linear(4, 4)\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        model = importlib.import_module("wrapped_net").Wrapped()
-        loaded = load(written(model.state_dict(), tmp_path), arch="wrapped_net:Wrapped")
-    assert_same(loaded.model, model)
+def test_tied_weights_that_are_stored_once_are_found_under_each_name(
+    own_net: Callable[[str, str], nn.Module], tmp_path: Path
+) -> None:
+    model = own_net("tied_net", "self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4); self.b.weight = self.a.weight")
+    save_model(model, str(tmp_path / "tied.safetensors"))
+    assert_same(load(str(tmp_path / "tied.safetensors"), arch="tied_net:Net").model, model)
+
+
+def test_an_attribute_that_is_called_as_a_wrapper_keeps_its_name(
+    own_net: Callable[[str, str], nn.Module], tmp_path: Path
+) -> None:
+    model = own_net("wrapped_net", "self.module = nn.Linear(4, 4)")
+    assert_same(load(written(model.state_dict(), tmp_path), arch="wrapped_net:Net").model, model)
 
 
 def test_averaged_weights_are_read_without_their_counter(model: nn.Module, tmp_path: Path) -> None:
