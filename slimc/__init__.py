@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from .compiler import apply as apply
     from .compiler import compress as compress
     from .compiler import inspect as inspect
-    from .compiler import load as load
     from .detector import DenseDetector as DenseDetector
     from .errors import SlimcError as SlimcError
     from .plan import Plan as Plan
     from .report import Report as Report
+    from .saved import load as load
     from .training.api import schedule as schedule
     from .training.recipe import Recipe as Recipe
 
@@ -26,7 +26,7 @@ _PUBLIC = {
     "compress": "slimc.compiler",
     "inspect": "slimc.compiler",
     "apply": "slimc.compiler",
-    "load": "slimc.compiler",
+    "load": "slimc.saved",
     "schedule": "slimc.training.api",
     "DenseDetector": "slimc.detector",
     "Recipe": "slimc.training.recipe",
