@@ -74,7 +74,7 @@ def _share(metric: str, text: str, share: float, is_cut: bool) -> float:
         amount = _plausible(metric, share)
         meant = f"{share:g}ms" if metric == "latency" else f"{share:g}%" if 1 < share < 100 else amount
         raise UsageError(f"--{metric} {text}: a share must be between 0 and 1. Did you mean {meant}? {_forms(metric)}")
-    kept = 1 - share if is_cut else share
+    kept = round(1 - share, 15) if is_cut else share  # -70% leaves 0.3
     if not 0 < kept < 1:
         what = "everything would be removed" if kept <= 0 else "there would be nothing to remove"
         raise UsageError(f"--{metric} {text}: {what}. {_forms(metric)}")

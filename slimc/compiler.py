@@ -156,7 +156,7 @@ def compress(
     }  # fmt: skip
     amounts = limits if pace is None else {**limits, "latency": pace.limit}
     facts = facts_of(model, targets, amounts, how) | {"scores": scores_of(analysis.grouping, chosen.scores)}
-    results = results_of(limits, analysis.full, choice.costs)
+    results = results_of(targets, analysis.full, choice.costs)
     if chosen.latency is not None:
         results["latency"] = chosen.latency
     described = Method(method.name, "one-shot", choice.round_to, seed)

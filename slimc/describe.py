@@ -46,12 +46,13 @@ def facts_of(
     }
 
 
-def results_of(limits: Mapping[str, float], before: Costs, after: Costs) -> dict[str, TargetResult]:
+def results_of(targets: Sequence[Target], before: Costs, after: Costs) -> dict[str, TargetResult]:
     """What each target asked and got."""
     found = {}
-    for metric, limit in limits.items():
-        full, left = (getattr(costs, planner.METRIC[metric]) for costs in (before, after))
-        found[metric] = TargetResult(limit / full, left / full, full, left)
+    for target in targets:
+        full, left = (getattr(costs, planner.METRIC[target.metric]) for costs in (before, after))
+        asked = target.limit(full) / full if target.share is None else target.share
+        found[target.metric] = TargetResult(asked, left / full, full, left)
     return found
 
 

@@ -23,6 +23,7 @@ def test_a_number_means_what_its_text_means() -> None:
     assert parse("flops", 0.4) == parse("flops", "0.4")
     assert parse("flops", -0.6).limit(10) == pytest.approx(4)
     assert parse("flops", 1e-5).limit(10**6) == pytest.approx(10)
+    assert [parse("flops", text).share for text in ("-70%", "30%", "-0.93", "7%")] == [0.3, 0.3, 0.07, 0.07]
 
 
 @given(st.floats(0.001, 0.999))

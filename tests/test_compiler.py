@@ -94,6 +94,8 @@ def test_no_target_is_exceeded(targets: dict[str, Any]) -> None:
         assert result.after <= result.asked * result.before
         assert result.got <= result.asked
         assert result.got == pytest.approx(result.after / result.before)
+    shares = {metric: share for metric, share in targets.items() if isinstance(share, float)}
+    assert {metric: slim.report.targets[metric].asked for metric in shares} == shares
 
 
 def test_the_reported_costs_are_those_counted_on_the_module(slim: slimc.Compressed) -> None:

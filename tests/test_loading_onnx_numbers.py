@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx_graphs import captured_open, graph_of, node, numbers, wanted
+from torch import nn
 
+import slimc
 from slimc.errors import LoadError
 from slimc.loading import load
 
@@ -144,3 +147,47 @@ def test_names_that_are_words_of_python_are_captured(tmp_path: Path) -> None:
     onnx.save(graph_of(nodes, ["batch", 4], constants), tmp_path / "net.onnx")
     loaded = captured_open(tmp_path / "net.onnx", 4)
     assert list(dict(loaded.model.named_parameters())) == ["global_.weight", "constants.lambda_"]
+
+
+def chain(*widths: int) -> nn.Sequential:
+    """Layers of the given widths whose biases are zero, as they are before training."""
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    for layer in layers:
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1]).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_simplified", [False, True])
+def test_equal_vectors_that_are_stored_once_tie_no_layers(is_simplified: bool, tmp_path: Path) -> None:
+    model, x, path = chain(4, 8, 8, 8, 8), torch.randn(2, 4), tmp_path / "net.onnx"
+    torch.onnx.export(model, (x,), str(path), dynamo=False, input_names=["x"], output_names=["y"])
+    stored = onnx.load(path)
+    assert sum(list(entry.dims) == [8] for entry in stored.graph.initializer) == 1
+    if is_simplified:  # as simplifiers leave it: no aliases between the vector and its readers
+        aliases = {entry.output[0]: entry.input[0] for entry in stored.graph.node if entry.op_type == "Identity"}
+        rest = [entry for entry in stored.graph.node if entry.op_type != "Identity"]
+        for entry in rest:
+            entry.input[:] = [aliases.get(name, name) for name in entry.input]
+        del stored.graph.node[:]
+        stored.graph.node.extend(rest)
+        onnx.save(stored, path)
+    loaded = load(str(path))
+    assert sum(p.numel() for p in loaded.model.parameters()) == sum(p.numel() for p in model.parameters())
+    np.testing.assert_allclose(loaded.model(x).detach().numpy(), wanted(path, x.numpy()), rtol=1e-5, atol=1e-6)
+    slim = slimc.compress(loaded.model, x, flops=0.5, round_to=1, recover="none")
+    assert [group.width for group in slim.analysis.groups] == [8, 8, 8]
+
+
+def test_steps_of_one_weight_keep_one_vector_and_an_output_stays(tmp_path: Path) -> None:
+    bias = numbers(8)
+    nodes = [
+        node("Gemm", "x w b", "h"), node("Relu", "h", "r"), node("Gemm", "r w b", "s"),
+        node("Identity", "b", "c"), node("Gemm", "s v c", "t"), node("Add", "t b", "y"),
+    ]  # fmt: skip
+    path = tmp_path / "net.onnx"
+    onnx.save(graph_of(nodes, ["batch", 8], {"w": numbers(8, 8), "v": numbers(8, 8), "b": bias}), path)
+    loaded = captured_open(path, 8)
+    vectors = [p for p in loaded.model.parameters() if p.ndim == 1]
+    assert len(vectors) == 3  # of the two steps of w, of that of v, of the sum
+    assert all(np.array_equal(vector.detach().numpy(), bias) for vector in vectors)

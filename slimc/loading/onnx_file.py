@@ -18,7 +18,7 @@ from torch import nn
 from slimc.errors import LoadError
 from slimc.loading import onnx_compute, onnx_movement, onnx_resize  # noqa: F401  (they fill the table of operators)
 from slimc.loading.onnx_check import Input, check, first_line
-from slimc.loading.onnx_module import OPERATORS, Call, OnnxModule, Step
+from slimc.loading.onnx_module import OPERATORS, Call, OnnxModule, Step, with_own_vectors
 from slimc.loading.onnx_numbers import numbers
 
 _OLDEST, _NEWEST = 7, 25
@@ -59,9 +59,10 @@ def load_onnx(path: Path) -> OnnxFile:
             steps.append(Step(call, tuple(node.input), tuple(node.output), constants.literals(node)))
     outputs = [value.name for value in model.graph.output]
     _check_results(steps, outputs)
+    steps, arrays = with_own_vectors(steps, constants.arrays, outputs)
     stored = {entry.name for entry in model.graph.initializer}
     inputs = [Input.of(value) for value in model.graph.input if value.name not in stored]
-    module = OnnxModule(steps, [entry.name for entry in inputs], outputs, constants.arrays).eval()
+    module = OnnxModule(steps, [entry.name for entry in inputs], outputs, arrays).eval()
     checked = check(module, path, inputs, constants.single, constants.is_half)
     shape = _sample(inputs, constants.single)
     notes = (*constants.notes, *checked.notes)

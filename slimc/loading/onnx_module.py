@@ -10,7 +10,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,40 @@ class OnnxModule(nn.Module):
             values.update((name, result) for name, result in zip(step.outputs, results, strict=False) if name)
         found = tuple(tensor(values[name]) for name in self._outputs)
         return found[0] if len(found) == 1 else found
+
+
+def with_own_vectors(
+    steps: Sequence[Step], constants: Mapping[str, Array], outputs: Sequence[str]
+) -> tuple[list[Step], dict[str, Array]]:
+    """Steps and constants in which layers with weights of their own have vectors of their own.
+
+    Exporters and simplifiers store equal tensors once, so that the biases of layers that never met are one tensor (all
+    of them, where they are zero), which ties the layers' channels together. Steps of the same weight keep one vector.
+    """
+    held, arrays, kept = dict(constants), dict(constants), []
+    owned: dict[tuple[str, Any], str] = {}  # new names by the stored vector and the weight that it goes with
+    aliases: dict[str, str] = {}
+    taken = set(outputs)
+    for number, step in enumerate(steps):
+        source = aliases.get(step.inputs[0], step.inputs[0]) if step.call.operator == "Identity" else ""
+        if source in held and _is_vector(held[source]) and step.outputs[0] not in outputs:
+            aliases[step.outputs[0]] = source
+            continue
+        weight = tuple(name for name in step.read if name in held and held[name].ndim > 1) or number
+        inputs = list(step.inputs)
+        for place, name in enumerate(inputs):
+            vector = aliases.get(name, name)
+            if place not in step.literals and vector in held and _is_vector(held[vector]):
+                free = name if name not in taken else f"{name}_{step.outputs[0]}"
+                own = owned.setdefault((vector, weight), free)
+                taken.add(own)
+                arrays[own], inputs[place] = held[vector], own
+        kept.append(replace(step, inputs=tuple(inputs)))
+    return kept, arrays
+
+
+def _is_vector(array: Array) -> bool:
+    return array.ndim == 1 and array.size > 1 and array.dtype.kind == "f"
 
 
 def is_shape(array: Array) -> bool:

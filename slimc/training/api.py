@@ -199,7 +199,7 @@ def _compressed(
         "round_to": options.round_to, "settings": dict(options.settings), "mended": list(run.mend),
     }  # fmt: skip
     facts = facts_of(model, targets, options.limits, how)
-    results = results_of(options.limits, analysis.full, network.costs)
+    results = results_of(targets, analysis.full, network.costs)
     method = Method(scorer, run.schedule.name, options.round_to, options.seed)
     warnings = list(notes) + [
         f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"
