@@ -47,8 +47,11 @@ class Eager:
 
 
 def build(model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten, example: Example) -> Eager:
-    """Make the user's class smaller; shares its tensors with the rewritten graph."""
-    small = with_tensors(model, {n: attribute(rewritten.module, n) for n in _names(types)})
+    """Make the user's class smaller; it shares memory with the rewritten graph until it is moved elsewhere."""
+    tensors = {name: attribute(rewritten.module, name) for name in _names(types)}
+    # Parameters of its own: `to` changes them in place, and would move half of the graph along.
+    own = {id(t): nn.Parameter(t.detach(), t.requires_grad) for t in tensors.values() if isinstance(t, nn.Parameter)}
+    small = with_tensors(model, {name: own.get(id(tensor), tensor) for name, tensor in tensors.items()})
     attributes = _attributes(model, types, cut, rewritten)
     set_attributes(small, attributes)
     reason = _difference(small, rewritten, example)

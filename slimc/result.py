@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class Compressed:
     """A smaller model with the plan that made it and the report that describes it.
 
     module: the user's class, smaller and trainable; where it cannot take the sizes, the graph as a module.
-    graph: the rewritten graph; shares its tensors with `module`.
+    graph: the rewritten graph; shares memory with `module` where both are on one device.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Compressed:
         Raises OutputError where layers were replaced or converted since: the graph, and what was proven, is the old.
         """
         if self.module is not self.graph:
-            _check_alike(self.module, self.graph, self.analysis.types.weights)
+            _check_alike(self.module, self.graph)
             _copy_tensors(self.module, self.graph)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -281,12 +281,11 @@ def _unchecked(analysis: Analysis) -> str:
     return ""
 
 
-def _check_alike(module: nn.Module, graph: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _check_alike(module: nn.Module, graph: nn.Module) -> None:
     wanted, found = dict(graph.named_parameters()), dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in wanted.items():
         own = found.get(name)
-        before = weights.get(name, tensor).dtype  # converting the module converts what it shares with the graph
-        if own is None or own.shape != tensor.shape or own.dtype != before:
+        if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
             now = "is gone" if own is None else f"is {list(own.shape)} of {own.dtype} now"
             raise OutputError(
                 f"{name} of slim.module {now}: save the result before you replace or convert layers, or export the "

@@ -198,6 +198,16 @@ def test_a_module_that_was_moved_or_given_other_weights_is_followed(slim: slimc.
         torch.testing.assert_close(slim.program.module()(X), slim.module(X))
 
 
+def test_moving_the_module_to_another_device_leaves_the_graph_where_it_is() -> None:
+    slim = compressed(net())
+    before = slim.module.get_parameter("conv.weight").clone()
+    slim.module.get_parameter("conv.weight").data.add_(1)
+    assert torch.equal(slim.graph.get_parameter("conv.weight"), before + 1)  # one memory so far
+    slim.module.to("meta")
+    assert {tensor.device.type for tensor in slim.graph.state_dict().values()} == {"cpu"}
+    assert torch.isfinite(slim.graph(X)).all()
+
+
 # -- whole or nothing ---------------------------------------------------------------------------------
 
 
