@@ -214,11 +214,6 @@ def _yolo(_name: str) -> tuple[nn.Module, Any]:
     return Detector(), torch.randn(BATCH, 3, 160, 160)
 
 
-def safe_name(case: str) -> str:
-    """A case's name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", case)
-
-
 SOURCES: dict[str, Callable[[], list[str]]] = {
     "torchvision": _torchvision_names, "timm": _timm_names, "hf": _hf_names, "smp": _smp_names, "yolo": lambda: ["v8n"],
 }  # fmt: skip

@@ -18,12 +18,8 @@ _CPUINFO = Path("/proc/cpuinfo")
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "numpy")
 
 # ONNX Runtime's convolution kernels work on blocks of as many channels as one vector register holds floats, and fall
-# back to a slow path for widths that are no multiple of 4 (onnxruntime issue #14392).
-_ALIGNMENT: Mapping[Simd, tuple[int, str]] = {
-    "AVX-512": (16, "AVX-512: ONNX Runtime works on blocks of 16 channels"),
-    "AVX2": (8, "AVX2: ONNX Runtime works on blocks of 8 channels"),
-    "other": (8, "neither AVX-512 nor AVX2 was found: 8 suits most runtimes"),
-}
+# back to a slow path for widths that are no multiple of 4 (onnxruntime issue #14392); 8 suits most runtimes.
+_ALIGNMENT: Mapping[Simd, int] = {"AVX-512": 16, "AVX2": 8, "other": 8}
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,7 @@ def describe() -> Machine:
 
 def preferred_alignment(simd: Simd | None = None) -> int:
     """Return the number of channels that widths should be a multiple of, here or at the given SIMD level."""
-    return _ALIGNMENT[simd or simd_level(_cpuinfo())][0]
-
-
-def alignment_reason(simd: Simd | None = None) -> str:
-    """Return why `preferred_alignment` says what it says, in one sentence without a full stop."""
-    return _ALIGNMENT[simd or simd_level(_cpuinfo())][1]
+    return _ALIGNMENT[simd or simd_level(_cpuinfo())]
 
 
 def logical_cores() -> int:

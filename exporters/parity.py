@@ -22,8 +22,11 @@ from slimc.exporters.formats import onnx as onnx_format
 _AT_ONCE = 1 << 20
 ROUNDINGS = 2.0
 """The file may be this many times as far from the model in float64 as the model's own outputs are."""
+TOLERANCE = 1e-5
+"""The largest relative error of an output that is let pass without a look at the rounding."""
 LARGEST_ROUNDING = 1e-4
 """Where the model's own outputs are further from float64 than this, rounding could hide a fault: refused."""
+_REFUSED = f"at most {TOLERANCE:.0e} is allowed. The file is not used; please report the model."
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Parity:
     """The worst relative error over all outputs of all input sets.
 
     `rounding` is the largest distance of the model's own outputs from float64 among those that differ from the file's
-    by more than `tolerance`; None where none does.
+    by more than TOLERANCE; None where none does.
     `cases` counts input sets, `batches` lists the batch sizes among them in ascending order, and
     `outputs_vary` tells whether the reference's outputs changed with the inputs' values: if not, the check says little.
     """
@@ -39,7 +42,6 @@ class Parity:
     max_relative_error: float
     cases: int
     batches: tuple[int, ...]
-    tolerance: float
     outputs_vary: bool
     rounding: float | None = None
 
@@ -48,14 +50,13 @@ def check_onnx(
     path: Path,
     reference: Callable[..., object],
     inputs: Sequence[tuple[Tensor, ...]],
-    tolerance: float = 1e-5,
     exact: Callable[..., object] | None = None,
 ) -> Parity:
     """Compare the file, run by ONNX Runtime on the CPU, with `reference(*case)` for each input set.
 
     The error of an output is max|file - reference| / max|reference|. Raises ParityError, naming output, case
-    and error, if one is above `tolerance` or is not a number; shapes and types must be equal, whole numbers exactly.
-    exact: `reference` in float64, run only where an output is above `tolerance`: there the file's distance from it may
+    and error, if one is above TOLERANCE or is not a number; shapes and types must be equal, whole numbers exactly.
+    exact: `reference` in float64, run only where an output is above TOLERANCE: there the file's distance from it may
     be ROUNDINGS times the reference's own, which is the largest over all input sets.
     """
     session = onnx_format.open_session(path)
@@ -67,7 +68,6 @@ def check_onnx(
         inputs,
         names=names,
         batched=batched,
-        tolerance=tolerance,
         label=str(path),
         exact=exact,
     )
@@ -80,7 +80,6 @@ def check(
     *,
     names: Sequence[str],
     batched: Sequence[bool],
-    tolerance: float,
     label: str,
     exact: Callable[..., object] | None = None,
 ) -> Parity:
@@ -102,18 +101,18 @@ def check(
             place = f"{where}: output {name!r}"
             error = relative_error(got[i], wanted[i], scales[i], where=place)
             worst = max(worst, error)
-            if error <= tolerance:
+            if error <= TOLERANCE:
                 continue
             said = f"{place} differs from the model's by {error:.1e} relative to its largest value"
             if exact is None or not wanted[i].dtype.is_floating_point:
-                raise ParityError(f"{said}; {_refused(tolerance)}")
+                raise ParityError(f"{said}; {_REFUSED}")
             beyond.append(_Beyond(case, i, said))
     rounding = None
     if beyond and exact is not None:
         with torch.no_grad():
             truth = [_tensors(exact(*case)) for case in inputs]
-        rounding = _rounding(beyond, actual, expected, truth, scales, tolerance)
-    return Parity(worst, len(inputs), _batches(inputs, batched), tolerance, _vary(expected), rounding)
+        rounding = _rounding(beyond, actual, expected, truth, scales)
+    return Parity(worst, len(inputs), _batches(inputs, batched), _vary(expected), rounding)
 
 
 def _computed(
@@ -148,7 +147,6 @@ def _rounding(
     expected: list[list[Tensor]],
     truth: list[list[Tensor]],
     scales: list[float],
-    tolerance: float,
 ) -> float:
     """Return how far the model's own outputs are from the true ones; ParityError where that cannot explain a file's.
 
@@ -162,17 +160,13 @@ def _rounding(
     for case, i, said in beyond:
         own = max(off(expected, number, i) for number in range(len(expected)))
         files = off(actual, case, i)
-        if own > LARGEST_ROUNDING or not files <= max(tolerance, ROUNDINGS * own):
+        if own > LARGEST_ROUNDING or not files <= max(TOLERANCE, ROUNDINGS * own):
             raise ParityError(
                 f"{said} and is {files:.1e} away from the model in float64, the model's own output {own:.1e}; "
-                f"{_refused(tolerance)}"
+                f"{_REFUSED}"
             )
         largest = max(largest, own)
     return largest
-
-
-def _refused(tolerance: float) -> str:
-    return f"at most {tolerance:.0e} is allowed. The file is not used; please report the model."
 
 
 def relative_error(actual: Tensor, expected: Tensor, zero_scale: float = 0.0, *, where: str = "output") -> float:
@@ -218,7 +212,6 @@ def other_inputs(
     batched: Sequence[bool],
     *,
     batches: Sequence[int | None] = (None, 1, 3),
-    seed: int = 0,
 ) -> list[tuple[Tensor, ...]]:
     """Return `example` and more input sets like it, with other values: one for each batch size in `batches`.
 
@@ -227,7 +220,7 @@ def other_inputs(
     Floats are drawn from the example's own values (normal noise where those are all equal), whole numbers from the
     example's range, so that indices stay valid. `batched` tells for each input whether axis 0 is a free batch axis.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     sizes = batches if any(batched) else (None,)
     varied = [
         tuple(_like(tensor, size if free else None, generator) for tensor, free in zip(example, batched, strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimc.errors import SlimcError, UsageError
+from slimc.errors import SlimcError, UsageError, first_line
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -88,8 +88,8 @@ def start(path: str, request: Request, onnxruntime: Any, asked: Any = None) -> A
         )
     except Exception as error:  # onnxruntime's errors share no base class but Exception
         if request.provider != CPU:
-            raise NotMeasurable(f"{request.provider} cannot load {path}: {_first_line(error)}") from error
-        raise UsageError(f"{path}: onnxruntime cannot load it: {_first_line(error)}") from error
+            raise NotMeasurable(f"{request.provider} cannot load {path}: {first_line(error)}") from error
+        raise UsageError(f"{path}: onnxruntime cannot load it: {first_line(error)}") from error
     if session.get_providers()[0] != request.provider:
         raise NotMeasurable(f"{request.provider} did not start; onnxruntime fell back to {session.get_providers()[0]}")
     return session
@@ -100,11 +100,7 @@ def check_runs(path: str, session: Any, feed: Mapping[str, NDArray[Any]]) -> Non
     try:
         session.run(None, dict(feed))
     except Exception as error:  # onnxruntime's errors share no base class but Exception
-        raise NotMeasurable(f"{Path(path).name} does not run on random inputs: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NotMeasurable(f"{Path(path).name} does not run on random inputs: {first_line(error)}") from error
 
 
 def feeds(sessions: Sequence[Any], request: Request) -> list[dict[str, NDArray[Any]]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from slimc.errors import CaptureError, UsageError
+from slimc.errors import CaptureError, UsageError, first_line
 from slimc.graph.stateless import buffers_kept
 
 
@@ -156,7 +156,7 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
                 try:
                     return _captured(_export(model, doubled, spec), doubled, spec)
                 except Exception as error:
-                    note = f"torch.export could not keep the batch size open: {_first_line(error)}"
+                    note = f"torch.export could not keep the batch size open: {first_line(error)}"
         try:
             program = _export(model, given, None)
         except Exception as error:
@@ -348,7 +348,7 @@ def _run(model: nn.Module, example: Example) -> None:
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in example.tensors())
         raise CaptureError(
-            f"the model does not run on the example input of shape {shapes}: {_first_line(error)}. "
+            f"the model does not run on the example input of shape {shapes}: {first_line(error)}. "
             "Give inputs that fit with --input, or example_inputs in Python."
         ) from error
     leaves = _leaves(output)
@@ -386,11 +386,6 @@ def _check_names(model: nn.Module) -> None:
 _NOT_THE_USERS = tuple(f"{os.path.dirname(os.path.abspath(source))}{os.sep}" for source in (torch.__file__, __file__))
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
 def _explain(model: nn.Module, error: BaseException) -> str:
     """Say which line of the user's code stopped the capture."""
     where = ""
@@ -403,6 +398,6 @@ def _explain(model: nn.Module, error: BaseException) -> str:
             where = f" in {kind}{name}:{trace.tb_lineno}"
         trace = trace.tb_next
     return (
-        f"{type(model).__name__} cannot be captured{where}: {_first_line(error)}. "
+        f"{type(model).__name__} cannot be captured{where}: {first_line(error)}. "
         "Control flow that depends on the data of a tensor cannot be compiled; move it out of forward()."
     )

@@ -125,7 +125,7 @@ def _refine(place: Terms, rows: Terms, count: int) -> Terms:
     colour = np.zeros(count, np.int64)
     kinds = 1
     while True:
-        mixed = _signatures(place, rows, colour, count)
+        mixed = _signatures(place, rows, colour)
         refined = np.unique(mixed, return_inverse=True)[1]
         if refined.max() + 1 == kinds or rows.shape[1] == 1:
             return refined
@@ -146,7 +146,7 @@ def _numbered(colour: Terms, rows: Terms) -> Terms:
     return number[colour]
 
 
-def _signatures(place: Terms, rows: Terms, colour: Terms, count: int) -> Words:
+def _signatures(place: Terms, rows: Terms, colour: Terms) -> Words:
     """A hash per variable of where it occurs and what stands beside it; sums make the order not matter."""
     ids = _scramble(colour.astype(np.uint64) + np.uint64(1))
     present = rows >= 0

@@ -16,8 +16,8 @@ from slimc.errors import CaptureError
 
 from . import rule
 from .capture import Captured
-from .rule import Axes, Value, arguments, operator_name
-from .terms import FROZEN, Cause, Solution, Store, Terms
+from .rule import Axes, Value, operator_name
+from .terms import Cause, Solution, Store, Terms
 from .unread import keep_unread
 
 
@@ -354,6 +354,3 @@ def _is_tensor(value: Any) -> bool:
     if isinstance(value, Tensor):
         return True
     return isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value)
-
-
-__all__ = ["FROZEN", "Inference", "Types", "arguments", "attribute", "infer", "tensors_of"]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch.fx import Node
 
-from .infer import Types, hint, tensors_of
+from .infer import Types, tensors_of
 from .terms import Terms
 
 Kept = npt.NDArray[np.bool_]
@@ -113,6 +113,3 @@ class Resizing(Cut):
         with new.graph.inserting_before(new):
             times = new.graph.call_function(operator.mul, (size, left))
             return new.graph.call_function(operator.floordiv, (times, full))
-
-
-__all__ = ["Cut", "Kept", "Resizing", "hint"]

@@ -16,8 +16,8 @@ from slimc.graph.rule import writes
 class Stateless(Interpreter):
     """Runs a graph with copies of the buffers that it writes into."""
 
-    def __init__(self, module: GraphModule, garbage_collect_values: bool = True) -> None:
-        super().__init__(module, garbage_collect_values)
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
         self._written = written(module)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -82,7 +82,7 @@ class Store:
         """The one shared array of `size` frozen terms."""
         axis = self._frozen_axes.get(size)
         if axis is None:
-            axis = self._frozen_axes[size] = np.zeros(size, np.int64)
+            axis = self._frozen_axes[size] = np.full(size, FROZEN, np.int64)
         return axis
 
     def structure(self, size: int, reason: str) -> Terms:

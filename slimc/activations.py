@@ -32,7 +32,7 @@ def watch(subject: Subject, places: Mapping[Place, See]) -> None:
         for number, batch in enumerate(samples.batches, 1):
             for part in parts(subject.types, batch, _AT_ONCE):
                 run.batch = part
-                run_graph(run, run.module, part)
+                run_graph(run, part)
             subject.tick(number, len(samples.batches))
 
 

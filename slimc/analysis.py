@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .detector import is_detector
-from .errors import CaptureError, UsageError
+from .errors import CaptureError, UsageError, first_line
 from .graph.capture import Captured, Example, capture
 from .graph.cost import Costs, Model
 from .graph.groups import Group, Grouping, group
@@ -229,7 +229,7 @@ def _on(device: str | torch.device, model: nn.Module, example: Example) -> tuple
     try:
         return model.to(device), example.map(lambda tensor: tensor.to(device))
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise UsageError(f"device {device!s} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"device {device!s} cannot be used: {first_line(error)}") from error
 
 
 def _give_back() -> None:

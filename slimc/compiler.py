@@ -192,14 +192,16 @@ def apply(
     if not isinstance(plan, Plan):
         raise UsageError(f"plan is a {type(plan).__name__}; give a Plan, such as slimc.Plan.load(path)")
     method = plan.method
-    numbers = [value if isinstance(value := method.get(key), int) else 1 for key in ("round_to", "seed")]
-    seed = numbers[1] if seed is None else seed
+    round_to, planned = method.get("round_to"), method.get("seed")
+    if seed is None:
+        seed = planned if isinstance(planned, int) else 0
     check_seed(seed)
     analysis = analyse(model, example_inputs, stages, device)
     with stages.stage("plan"):
         cut = Cut(analysis.types, plan.alive(analysis.types))
     scorer = method.get("scorer", "plan")
-    chosen = Method(None if scorer is None else str(scorer), str(method.get("schedule", "plan")), *numbers)
+    schedule, multiples = str(method.get("schedule", "plan")), round_to if isinstance(round_to, int) else 1
+    chosen = Method(None if scorer is None else str(scorer), schedule, multiples, seed)
     facts = {
         "targets": plan.targets, "method": method, "versions": versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip

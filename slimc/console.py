@@ -33,7 +33,6 @@ STAGES = {
     "verify": "proving that removal equals masking",
     "synthesise": "making up samples to calibrate on",
     "recover": "fitting the kept weights again",
-    "finetune": "fine-tuning",
     "export": "writing and checking the files",
     "latency": "measuring latency in ONNX Runtime",
 }

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimc.errors import UsageError
 from slimc.random_state import kept_random_state, seed_all
 from slimc.training.loop import Epoch, fit
 from slimc.training.recipe import Recipe
@@ -48,16 +47,16 @@ class ResidualBlock(nn.Module):
 class DigitsNet(nn.Module):
     """A residual network for 24x24 grey pictures of ten digits: a stem, three stages and a linear head."""
 
-    def __init__(self, width: int = 32, blocks: int = 2, classes: int = 10) -> None:
+    def __init__(self, width: int = 32, blocks: int = 2) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.stage1 = _stage(width, width, blocks, stride=1)
         self.stage2 = _stage(width, 2 * width, blocks, stride=2)
         self.stage3 = _stage(2 * width, 4 * width, blocks, stride=2)
-        self.head = nn.Linear(4 * width, classes)
+        self.head = nn.Linear(4 * width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, 1, 24, 24] to [N, classes]."""
+        """[N, 1, 24, 24] to [N, 10]."""
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
         logits: torch.Tensor = self.head(x.mean(dim=(2, 3)))
         return logits
@@ -81,13 +80,10 @@ def digits(seed: int = 0) -> Digits:
     """The 1797 handwritten digits of scikit-learn as [N, 1, 24, 24], normalised, split by class.
 
     The 8x8 originals are enlarged by bilinear interpolation. Mean and deviation are those of the training part.
-    UsageError where scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise UsageError("the demo's data needs scikit-learn; install it with: pip install 'slimc[demo]'") from error
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     indices, labels = list(range(len(data.target))), data.target
     fitted, test = train_test_split(indices, test_size=SPLITS[2], stratify=labels, random_state=seed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from .errors import PlanError
+from .errors import PlanError, first_line
 from .graph.capture import Example, tensors_only
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut, Resizing
@@ -28,6 +28,7 @@ from .graph.rule import arguments
 from .graph.stateless import buffers_kept, modes_kept
 from .random_state import kept_random_state, seed_all
 from .rewrite import Rewritten
+from .verify import distance
 
 Attributes = dict[str, dict[str, Any]]
 """New values of integer (or tuple of integer) attributes, by module path and attribute name."""
@@ -104,11 +105,10 @@ def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str
         with torch.no_grad(), tensors_only(small), modes_kept(small, training=False):
             got, wanted = (_outputs(model, example) for model in (small, rewritten.module))
     except Exception as error:
-        return f"{type(small).__name__} does not run with the new sizes: {_said(error)}"
-    pairs = list(zip(got, wanted, strict=False))
-    if len(got) != len(wanted) or any(a.shape != b.shape for a, b in pairs):
+        return f"{type(small).__name__} does not run with the new sizes: {first_line(error)}"
+    if [value.shape for value in got] != [value.shape for value in wanted]:
         return f"{type(small).__name__} returns other shapes than the rewritten graph"
-    worst = max((_relative(a, b) for a, b in pairs), default=0.0)
+    worst = distance(got, wanted)
     if not worst <= _TOLERANCE:
         return f"{type(small).__name__} with the new sizes differs from the rewritten graph by {worst:.2g}"
     return None
@@ -125,7 +125,7 @@ def training_fault(small: nn.Module, model: nn.Module, types: Types) -> str | No
         except Exception as error:
             with contextlib.suppress(Exception):
                 _trained_once(model, example, seed)
-                return _said(error)
+                return first_line(error)
     return None
 
 
@@ -144,22 +144,11 @@ def _trained_once(model: nn.Module, example: Example, seed: int) -> Any:
         return example.map(torch.clone).run(ours.train())
 
 
-def _said(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """Both models share tensors, so each leaves its buffers as they were."""
     with buffers_kept(model):
         leaves = pytree.tree_leaves(example.map(torch.clone).run(model))
         return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    if not b.numel() or not (b.is_floating_point() or b.is_complex()):
-        return float((a != b).any()) if b.numel() else 0.0
-    scale = float(b.abs().max())
-    return float((a - b).abs().max()) / (scale or 1.0)
 
 
 # -- attributes ---------------------------------------------------------------------------------------

@@ -17,6 +17,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_LONGEST = 300
+
+
+def first_line(error: BaseException) -> str:
+    """How a foreign error's message begins, for a sentence of ours; its class where it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:_LONGEST]
+
 
 class SlimcError(Exception):
     """A condition that the caller can understand; the message says what, where and what to do."""

@@ -43,9 +43,7 @@ class Found:
 # -- gates --------------------------------------------------------------------------------------------
 
 
-def gate_gradients(
-    subject: Subject, sites: Sequence[Site], *, per_sample: bool = False, loss: Loss | None = None
-) -> Iterator[Found]:
+def gate_gradients(subject: Subject, sites: Sequence[Site], *, per_sample: bool = False) -> Iterator[Found]:
     """The derivative of the loss by the gate of every index of every site, batch by batch.
 
     per_sample: the derivative of each sample's own loss, one row a sample; else that of the batch's mean loss, one row.
@@ -53,8 +51,7 @@ def gate_gradients(
     heads folded into it): samples then run one by one if they are to be told apart.
     Raises UsageError where labels or loss do not fit, or every derivative is zero.
     """
-    samples = batches_of(subject)
-    loss = loss or loss_of(subject)
+    samples, loss = batches_of(subject), loss_of(subject)
     axes = [_batch_axis(subject.types, site) for site in sites] if per_sample else [None] * len(sites)
     apart = per_sample and any(axis is None for axis in axes)
     if apart and subject.types.captured.dynamic_shapes is None and subject.types.captured.batch > 1:
@@ -108,7 +105,7 @@ class _Gated(Stateless):
         """Value times gradient summed over all but channels (and samples), for the mean loss of some samples."""
         self._leaves, self._found = [], [None] * len(self._sites)
         with torch.enable_grad():
-            outputs = run_graph(self, self.module, batch)
+            outputs = run_graph(self, batch)
             value = loss(outputs, batch.targets)
             check_finite(value.detach(), number)
             if value.requires_grad and self._leaves:
@@ -230,7 +227,7 @@ class _Trained(Watching):
         self.batch = batch
         with torch.enable_grad():
             with Guard():
-                outputs = run_graph(self, self.module, batch)
+                outputs = run_graph(self, batch)
             value = loss(outputs, batch.targets)
             check_finite(value.detach(), number)
             leaves = list(self._leaves.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,22 +28,16 @@ def batches_of(subject: Subject) -> Samples:
     return subject.samples
 
 
-def run_graph(run: Interpreter, module: Any, batch: Batch) -> Any:
+def run_graph(run: Interpreter, batch: Batch) -> Any:
     """The model's outputs, as the model returns them; inputs are copied, since operators may write into them."""
     leaves = pytree.tree_leaves((batch.example.args, batch.example.kwargs))
     leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    with _same_random_state():
-        flat = run.run(*leaves, enable_io_processing=False)
-    return module.graph.process_outputs(flat)
-
-
-@contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
     with torch.random.fork_rng():
-        yield
+        flat = run.run(*leaves, enable_io_processing=False)
+    return run.graph.process_outputs(flat)
 
 
-def parts(types: Types, batch: Batch, size: int | None = None) -> Iterator[Batch]:
+def parts(types: Types, batch: Batch, size: int | None) -> Iterator[Batch]:
     """A batch cut so that a backward pass over each part stays within the limit; whole where the size is fixed."""
     if types.captured.dynamic_shapes is None:
         yield batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from . import recover
 from .analysis import Analysis, Stages
-from .errors import OutputError, UsageError
+from .errors import OutputError
 from .exporters import latency as latency_of
 from .exporters.artifact import whole_file, whole_folder
 from .exporters.formats import onnx, pt2, safetensors
@@ -205,8 +204,16 @@ class Compressed:
             self.warn(["the outputs do not depend on the inputs' values, so that ONNX parity says little"])
         return parity
 
-    def measure_latency(self, path: Path, **options: Any) -> tuple[LatencyResult, ...]:
-        """Measure an exported file beside the original model, in turn, on every provider that is there."""
+    def measure_latency(
+        self, path: Path, threads: int | None = None, batch: int | None = None, budget_seconds: float | None = None
+    ) -> tuple[LatencyResult, ...]:
+        """Measure an exported file beside the original model, in turn, on every provider that is there.
+
+        threads: default, as many as a call of the model has. batch: default 1, or what the file fixes.
+        budget_seconds: of running, per provider (default 10).
+        """
+        threads = threads_of_a_call() if threads is None else threads
+        options = {"threads": threads, "batch": batch, "budget_seconds": budget_seconds}
         with tempfile.TemporaryDirectory(prefix="slimc-") as folder:
             before = Path(folder) / "original.onnx"
             try:
@@ -214,9 +221,9 @@ class Compressed:
             except OutputError as error:
                 self.warn([f"latency was not measured, since the original cannot be exported: {error}"])
                 return ()
-            options = {"threads": threads_of_a_call(), **{k: v for k, v in options.items() if v is not None}}
             ranges = self.analysis.captured.example.ranges()
-            results = latency_of.measure_all(before, path, ranges=ranges, **options)
+            given = {name: value for name, value in options.items() if value is not None}
+            results = latency_of.measure_all(before, path, ranges=ranges, **given)
         rows = tuple(_row(r) for r in results if r.ci95 is not None)
         skipped = tuple(f"{r.provider}: {r.skipped or _TOO_LONG}" for r in results if r.ci95 is None)
         self.report = replace(self.report, latency=rows or None, latency_skipped=skipped)
@@ -231,16 +238,15 @@ class Compressed:
         overwrite: bool = False,
         onnx: bool = True,
         latency: bool = False,
-        **latency_options: Any,
+        threads: int | None = None,
+        batch: int | None = None,
+        budget_seconds: float | None = None,
     ) -> Path:
         """Write everything to a folder, whole or not at all.
 
         onnx: False leaves the ONNX file out, and what is measured on it. latency: also measure that file beside the
-        original. Raises OutputError, ParityError.
+        original; threads, batch, budget_seconds: as for `measure_latency`. Raises OutputError, ParityError.
         """
-        known = inspect.signature(latency_of.measure).parameters
-        if unknown := sorted(latency_options.keys() - known.keys()):
-            raise UsageError(f"save() has no option {unknown[0]!r}")
         target = Path(folder)
         self.report = replace(self.report, onnx=None, latency=None, latency_skipped=())
         with whole_folder(target, overwrite) as work:
@@ -253,7 +259,7 @@ class Compressed:
                 self.plan.save(work / "plan.json")
             if onnx and latency:
                 with self.stages.stage("latency"):
-                    self.measure_latency(work / "model.onnx", **latency_options)
+                    self.measure_latency(work / "model.onnx", threads, batch, budget_seconds)
             self._write_report(work)
         return target
 

@@ -23,14 +23,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from .errors import VerificationError
+from .errors import VerificationError, first_line
 from .graph.capture import Example
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut
 from .graph.rule import arguments, operator_name
 from .rewrite import Rewritten
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+_PRECISION, _TOLERANCE = torch.float64, 1e-10
+_SEED = 0
 _TELLING = 1e3
 """The cut must move the outputs by this many times the error for the proof to mean something."""
 _SMALLEST_MOVE = 1e-9
@@ -61,20 +62,19 @@ class Proof:
     redrawn: bool
 
 
-def verify(types: Types, cut: Cut, rewritten: Rewritten, inputs: Sequence[Example], seed: int = 0) -> Proof:
+def verify(types: Types, cut: Cut, rewritten: Rewritten, inputs: Sequence[Example]) -> Proof:
     """Compare the rewritten graph with the masked original on each of the inputs.
 
     Raises VerificationError naming the first node that differs.
     """
-    dtype = torch.float64
-    check = _Check(types, cut, rewritten, dtype)
+    check = _Check(types, cut, rewritten)
     errors = [error for example in inputs[1:] if (error := check.error_if_fair(example)) is not None]
     last, moved = check.error_and_move(inputs[0], check.trained)
     error, redrawn = max([last, *errors]), False
     if moved is not None and moved < max(_TELLING * error, _SMALLEST_MOVE):
-        last, moved = check.error_and_move(inputs[0], _redrawn(types.captured.module, seed))
+        last, moved = check.error_and_move(inputs[0], _redrawn(types.captured.module, _SEED))
         error, redrawn = max(error, last), True
-    return Proof(error, moved, str(dtype).removeprefix("torch."), 1 + len(errors), redrawn)
+    return Proof(error, moved, str(_PRECISION).removeprefix("torch."), 1 + len(errors), redrawn)
 
 
 def random_inputs(example: Example, count: int, seed: int) -> list[Example]:
@@ -110,8 +110,8 @@ def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class _Check:
-    def __init__(self, types: Types, cut: Cut, rewritten: Rewritten, dtype: torch.dtype) -> None:
-        self.types, self.cut, self.rewritten, self.dtype = types, cut, rewritten, dtype
+    def __init__(self, types: Types, cut: Cut, rewritten: Rewritten) -> None:
+        self.types, self.cut, self.rewritten = types, cut, rewritten
 
     def trained(self, name: str) -> Any:
         """A tensor of the original as it is."""
@@ -129,7 +129,7 @@ class _Check:
             leaves = pytree.tree_leaves((example.args, example.kwargs))
             try:
                 with torch.no_grad():
-                    found = Plain(self.types.captured.module, self.trained, self.dtype).results(leaves)
+                    found = Plain(self.types.captured.module, self.trained, _PRECISION).results(leaves)
             except (RuntimeError, IndexError):
                 return None
             if all(bool(value.isfinite().all()) for value in found):
@@ -143,9 +143,9 @@ class _Check:
             return error, None
         leaves = pytree.tree_leaves((example.args, example.kwargs))
         moved = 0.0
-        for dtype in (torch.float32, self.dtype):
+        for dtype in (torch.float32, _PRECISION):
             with torch.no_grad():
-                moved = _distance(slim, Plain(self.types.captured.module, read, dtype).results(leaves))
+                moved = distance(slim, Plain(self.types.captured.module, read, dtype).results(leaves))
             if moved >= _PLAIN_MOVE:
                 break
         return error, moved
@@ -155,20 +155,19 @@ class _Check:
         with torch.no_grad():
             try:
                 slim = self._slim(leaves, read)
-            except (RuntimeError, IndexError, TypeError, ValueError) as error:
-                text = str(error).splitlines()[0]
+            except (RuntimeError, IndexError, TypeError, ValueError) as cause:
                 raise VerificationError(
-                    f"the rewritten model does not run: {text}. Nothing was written. "
+                    f"the rewritten model does not run: {first_line(cause)}. Nothing was written. "
                     "This is a fault of slimc: please report it with the model."
-                ) from error
-            wanted = Masked(self.types, self.cut, self.rewritten, read, self.dtype).results(leaves)
-            distance = _distance(slim, wanted)
-            if not distance <= TOLERANCE[self.dtype]:
-                raise VerificationError(self._first_difference(leaves, read, distance))
-        return distance, slim
+                ) from cause
+            wanted = Masked(self.types, self.cut, self.rewritten, read).results(leaves)
+            error = distance(slim, wanted)
+            if not error <= _TOLERANCE:
+                raise VerificationError(self._first_difference(leaves, read, error))
+        return error, slim
 
     def _slim(self, leaves: list[Any], read: Read) -> list[Tensor]:
-        return Plain(self.rewritten.module, self._sliced(read), self.dtype).results(leaves)
+        return Plain(self.rewritten.module, self._sliced(read), _PRECISION).results(leaves)
 
     def _sliced(self, read: Read) -> Read:
         """Tensors of the rewritten graph: its own, or those of `read` with the same cut."""
@@ -192,8 +191,8 @@ class _Check:
                 "twice and no cut can be proven. Nothing was written. Draw them in training mode only, or make "
                 "them an input."
             )
-        masked = Masked(self.types, self.cut, self.rewritten, read, self.dtype)
-        plain = Plain(self.rewritten.module, self._sliced(read), self.dtype)
+        masked = Masked(self.types, self.cut, self.rewritten, read)
+        plain = Plain(self.rewritten.module, self._sliced(read), _PRECISION)
         masked.results(leaves, keep=True)
         plain.results(leaves, keep=True)
         for old, new in self.rewritten.twins.items():
@@ -201,7 +200,7 @@ class _Check:
             if not isinstance(value, Tensor) or new not in plain.env or axes is None:
                 continue
             wanted, got = self.cut.select(value, axes), plain.env[new]
-            if wanted.shape != got.shape or not _distance([got], [wanted]) <= TOLERANCE[self.dtype]:
+            if wanted.shape != got.shape or not distance([got], [wanted]) <= _TOLERANCE:
                 stack = old.meta.get("nn_module_stack")
                 module = list(stack.values())[-1][0] if stack else ""
                 return (
@@ -284,8 +283,8 @@ class Plain(Interpreter):
 class Masked(Plain):
     """The original graph with every removed index set to zero in every value."""
 
-    def __init__(self, types: Types, cut: Cut, rewritten: Rewritten, read: Read, dtype: torch.dtype) -> None:
-        super().__init__(types.captured.module, read, dtype)
+    def __init__(self, types: Types, cut: Cut, rewritten: Rewritten, read: Read) -> None:
+        super().__init__(types.captured.module, read, _PRECISION)
         self.types, self.cut, self.rewritten = types, cut, rewritten
         self._statistics = {node for node, axis in types.renormalising if not cut.whole(axis)}
 
@@ -336,7 +335,7 @@ def _scatter(small: Tensor, axes: Any, cut: Cut) -> Tensor:
     return small
 
 
-def _distance(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def distance(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Largest difference over the largest reference value, over all outputs; NaN where one side is NaN."""
     worst = 0.0
     for value, reference in zip(values, wanted, strict=True):

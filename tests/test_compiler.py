@@ -6,6 +6,7 @@ import inspect
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -354,6 +355,14 @@ def test_a_plan_gives_another_checkpoint_the_same_shapes_and_its_own_weights(sli
     assert again.plan.source_sha256 != slim.plan.source_sha256
 
 
+def test_a_plan_is_applied_with_its_own_seed_unless_another_is_given(slim: slimc.Compressed) -> None:
+    model = seeded(ConvNet)
+    plan = replace(slim.plan, method={**slim.plan.method, "seed": 3})
+    assert slimc.apply(model, plan, X).report.method.seed == 3
+    assert slimc.apply(model, plan, X, seed=7).report.method.seed == 7
+    assert slimc.apply(model, replace(plan, method={}), X).report.method.seed == 0
+
+
 def test_a_plan_for_another_architecture_is_refused(slim: slimc.Compressed) -> None:
     with pytest.raises(PlanError, match="fits only the architecture"):
         slimc.apply(seeded(lambda: ConvNet(12)), slim.plan, X)
@@ -415,5 +424,3 @@ def test_arguments_that_would_do_nothing_are_refused() -> None:
         slimc.apply(model, slim.plan, x, recover="bias")
     (warning,) = slimc.apply(model, slim.plan, x, recover="auto").report.warnings
     assert "as the cut left them" in warning
-    with pytest.raises(UsageError, match="'overwrit'"):
-        slim.save("nowhere", onnx=False, overwrit=True)

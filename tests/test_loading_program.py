@@ -333,3 +333,13 @@ def test_a_program_of_one_batch_size_says_which(tmp_path: Path) -> None:
     open_ = {0: torch.export.Dim("batch")}
     torch.export.save(torch.export.export(model, (torch.randn(2, 4),), dynamic_shapes=(open_,)), path)
     assert load(str(path)).batch is None
+
+
+@pytest.mark.parametrize("value", [None, "0"])
+def test_loading_leaves_the_environment_as_it_was(
+    value: str | None, genuine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    load(str(genuine))
+    assert os.environ.get(name) == value

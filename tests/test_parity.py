@@ -83,7 +83,7 @@ def test_a_zero_case_borrows_the_scale_of_the_others() -> None:
     def run(case: tuple[Tensor, ...]) -> list[Tensor]:
         return [case[0] + 1e-4]
 
-    found = check(run, lambda x: x, cases, names=["y"], batched=[False], tolerance=1e-5, label="m")
+    found = check(run, lambda x: x, cases, names=["y"], batched=[False], label="m")
     assert found.max_relative_error == pytest.approx(1e-6, rel=0.1)
 
 
@@ -123,14 +123,13 @@ def test_a_missing_output_fails() -> None:
             [(torch.ones(1),)],
             names=["y"],
             batched=[False],
-            tolerance=1e-5,
             label="m",
         )
 
 
 def test_no_inputs_prove_nothing() -> None:
     with pytest.raises(UsageError, match="at least one set"):
-        check(lambda case: [], lambda: (), [], names=[], batched=[], tolerance=1e-5, label="m")
+        check(lambda case: [], lambda: (), [], names=[], batched=[], label="m")
 
 
 def _of_two_rows_or_more(x: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ def _of_two_rows_or_more(x: Tensor) -> Tensor:
 
 def test_inputs_that_the_model_itself_refuses_are_left_out() -> None:
     inputs = [(torch.randn(rows, 4),) for rows in (2, 1, 3)]
-    options: dict[str, Any] = {"names": ("y",), "batched": (True,), "tolerance": 1e-5, "label": "a file"}
+    options: dict[str, Any] = {"names": ("y",), "batched": (True,), "label": "a file"}
     parity = check(lambda case: [_of_two_rows_or_more(*case)], _of_two_rows_or_more, inputs, **options)
     assert (parity.cases, parity.batches) == (2, (2, 3))
     with pytest.raises(IndexError):
@@ -196,7 +195,6 @@ def judged(run: Callable[[Tensor], Tensor], offset: float) -> parity.Parity:
         [(x,)],
         names=("y",),
         batched=(False,),
-        tolerance=1e-5,
         label="m.onnx",
         exact=lambda x: x.double(),
     )
@@ -233,7 +231,6 @@ def test_an_error_without_a_float64_reference_is_refused() -> None:
             [(x,)],
             names=("y",),
             batched=(False,),
-            tolerance=1e-5,
             label="m.onnx",
         )
 
@@ -251,7 +248,6 @@ def test_rounding_that_cancels_out_in_one_case_is_judged_by_the_others() -> None
         [(x, torch.tensor(0.0)), (x, torch.tensor(3000.0))],
         names=("y",),
         batched=(False, False),
-        tolerance=1e-5,
         label="m.onnx",
         exact=lambda x, _: x.double(),
     )

@@ -20,7 +20,7 @@ from slimc.graph.infer import Inference
 from slimc.graph.resize import Cut
 from slimc.graph.rule import Axes
 from slimc.rewrite import Rewritten, rewrite, slice_tensors
-from slimc.verify import Proof, random_inputs, verify
+from slimc.verify import Proof, distance, random_inputs, verify
 
 
 @dataclass
@@ -282,6 +282,14 @@ def test_nothing_moves_where_nothing_is_cut() -> None:
     proof = verify(cutting.analysis.types, whole, rewrite(cutting.analysis.types, whole), [example])
     assert proof.max_relative_error == 0
     assert proof.moved is None
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_output_that_is_not_a_number_is_near_nothing(place: int) -> None:
+    wanted = [torch.ones(2), torch.ones(3)]
+    values = [tensor.clone() for tensor in wanted]
+    values[place][1] = torch.nan
+    assert not distance(values, wanted) <= 1
 
 
 def test_the_error_of_a_right_cut_is_rounding_only() -> None:

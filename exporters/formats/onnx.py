@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from slimc.errors import OutputError, UsageError
+from slimc.errors import OutputError, UsageError, first_line
 from slimc.exporters.artifact import whole_file
 from slimc.exporters.formats.attention import with_four_axes
 from slimc.exporters.formats.batchnorm import fold
@@ -106,10 +106,9 @@ def open_session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many kinds; it knows few operators in float64, for one
-        said = str(error).strip().splitlines()[0]
         raise OutputError(
-            f"{path.name}: ONNX Runtime cannot run it ({said}). A model in another precision should be given in "
-            "float32 (model.float())"
+            f"{path.name}: ONNX Runtime cannot run it ({first_line(error)}). A model in another precision should be "
+            "given in float32 (model.float())"
         ) from error
 
 
@@ -137,7 +136,7 @@ def _translate(program: ExportedProgram, path: Path) -> torch.onnx.ONNXProgram:
             with _without(slice_split_rule):
                 translated.optimize()
     except torch.onnx.OnnxExporterError as error:
-        causes = [str(cause).strip().splitlines()[0] for cause in _causes(error) if str(cause).strip()]
+        causes = [first_line(cause) for cause in _causes(error) if str(cause).strip()]
         raise OutputError(
             f"{path.name}: torch cannot express the model in ONNX: {causes[-1]}. --no-onnx (in Python "
             "save(..., onnx=False)) leaves this file out."
@@ -309,4 +308,4 @@ def _check(written: Path, path: Path) -> None:
     try:
         onnx.checker.check_model(str(written))
     except onnx.checker.ValidationError as error:
-        raise OutputError(f"{path.name}: the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise OutputError(f"{path.name}: the exported graph is not valid ONNX: {first_line(error)}") from error

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from slimc.errors import LoadError
 from slimc.exporters.artifact import Artifact, describe, whole_file
 
 
@@ -51,25 +47,6 @@ class _Sink(io.BufferedWriter):
                 self.error = error
 
 
-def load(path: Path) -> ExportedProgram:
-    """Read a program that slimc wrote, with unpickling restricted to weights.
-
-    Not a gate for hostile files: a .pt2 can hold pickled objects that torch reads by other ways.
-    """
-    try:
-        with _weights_only():
-            return torch.export.load(io.BytesIO(path.read_bytes()))
-    except Exception as error:  # torch raises anything here: RuntimeError, KeyError, UnpicklingError ...
-        raise LoadError(f"{path}: is not a .pt2 file that torch {torch.__version__} reads ({error})") from error
-
-
-def run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Run the file's program on positional inputs; returns the output tensors, flattened."""
-    with torch.no_grad():
-        outputs = load(path).module()(*inputs)
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
 def _without_traces(program: ExportedProgram) -> ExportedProgram:
     """Build a program that shares the weights of `program` but not its graph, free of the machine's paths."""
     graph = copy.deepcopy(program.graph)
@@ -87,19 +64,3 @@ def _without_traces(program: ExportedProgram) -> ExportedProgram:
         constants=program.constants,
         verifiers=program.verifiers,
     )
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    # torch.export.load falls back to full unpickling when the strict way fails; only this variable stops it
-    # (torch 2.14). Drop it once torch.export.load takes weights_only.
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before: Any = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

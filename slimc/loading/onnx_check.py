@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from slimc.errors import LoadError
+from slimc.errors import LoadError, first_line
 from slimc.loading.onnx_module import torch_type
 
 _TOLERANCE = 1e-3
@@ -183,8 +183,3 @@ def _said(error: Exception) -> str:
     """What ONNX Runtime says, without the places in its own code."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src\S+ .*\) ", "", str(error).strip())
     return first_line(ValueError(text)).rstrip(". ")
-
-
-def first_line(error: BaseException) -> str:
-    """The start of a foreign message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -15,9 +15,9 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from slimc.errors import LoadError
+from slimc.errors import LoadError, first_line
 from slimc.loading import onnx_compute, onnx_movement, onnx_resize  # noqa: F401  (they fill the table of operators)
-from slimc.loading.onnx_check import Input, check, first_line
+from slimc.loading.onnx_check import Input, check
 from slimc.loading.onnx_module import OPERATORS, Call, OnnxModule, Step, with_own_vectors
 from slimc.loading.onnx_numbers import numbers
 

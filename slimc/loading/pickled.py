@@ -12,13 +12,13 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from slimc.errors import LoadError
 from slimc.loading import policy
-from slimc.loading.archive import Archive, open_archive
+from slimc.loading.archive import Archive
 from slimc.loading.scan import Call, Program, Storage, scan, shortened
 
 _HEADER_ENTRIES = ("byteorder", "version", ".format_version", ".storage_alignment")
@@ -26,14 +26,6 @@ _TYPED_STORAGE_BYTES = {
     "Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16, "Float": 4, "Int": 4, "QInt32": 4,
     "Half": 2, "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1, "QInt8": 1, "QUInt8": 1,
 }  # fmt: skip
-
-
-def read_archive(source: Path | BinaryIO, label: str, allow: Sequence[str]) -> Any:
-    """Read what torch.save wrote into a zip archive, with tensors on the CPU."""
-    archive = open_archive(source, label)
-    with archive.zip:
-        clean, _ = checked_copy(archive, allow)
-    return clean
 
 
 def checked_copy(archive: Archive, allow: Sequence[str]) -> tuple[Any, io.BytesIO]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimc.errors import LoadError
+from slimc.errors import LoadError, first_line
 from slimc.loading.archive import Archive, open_archive
 from slimc.loading.pickled import checked_copy, weights_only_forced
 from slimc.loading.program import checked_payloads, checked_program
@@ -78,10 +78,9 @@ def _load(copy: io.BytesIO, label: str) -> tuple[nn.Module, int | None]:
             program = torch.export.load(copy)
             return program.module(check_guards=False), _fixed_batch(program)
         except Exception as error:  # the deserializer raises everything from AssertionError to KeyError
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LoadError(
-                f"{label}: torch {torch.__version__} cannot load the program ({type(error).__name__}: {first[:200]}). "
-                "Export it again with this version of torch."
+                f"{label}: torch {torch.__version__} cannot load the program ({type(error).__name__}: "
+                f"{first_line(error)}). Export it again with this version of torch."
             ) from error
 
 

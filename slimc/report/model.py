@@ -14,7 +14,7 @@ from typing import Any
 from slimc.errors import LoadError
 from slimc.report.codec import decode, encode
 
-STAGES = ("capture", "infer", "score", "plan", "rewrite", "verify", "recover", "finetune", "export", "latency")
+STAGES = ("capture", "infer", "score", "plan", "rewrite", "verify", "recover", "train", "export", "latency")
 
 
 @dataclass(frozen=True)
