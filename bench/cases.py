@@ -16,7 +16,7 @@ from torch import nn
 
 import slimc
 from bench import networks
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 
 BATCH = 2
 _ORDINARY_SIDE, _HUGE_SIDE, _SMALL_SIDE = 400, 800, 256

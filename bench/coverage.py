@@ -77,7 +77,7 @@ def measure(case: str) -> dict[str, Any]:
 
     import slimc
     from bench.cases import build
-    from slimc.graph.capture import Example
+    from slimc.graph.example import Example
 
     torch.set_num_threads(1)
     row: dict[str, Any] = {"case": case}

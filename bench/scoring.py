@@ -23,7 +23,7 @@ import torch
 from bench import networks, page
 from bench.memory import Peaks, _status
 from slimc import compiler, samples, scores
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.sensitivities import PROBED
 
 ROWS = page.RESULTS / "scoring.jsonl"

@@ -29,7 +29,7 @@ import slimc
 from bench.fashion import EPOCHS, NETWORKS, Fashion, trained
 from bench.page import RESULTS, header, processor
 from bench.peer_cut import macs, pruner_of, shrink
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.random_state import kept_random_state
 from slimc.samples import batch_of
 from slimc.training.feeds import Arrays

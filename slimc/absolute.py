@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from .graph.infer import Types, attribute
 from .graph.rule import arguments, is_pointwise, operator_name
@@ -48,11 +47,9 @@ class Absolute(Plain):
     def propagate(self, batch: Batch) -> list[Tensor]:
         """For each site, [1, size of its axis], the importance summed over positions."""
         part = batch[:1] if self._types.captured.dynamic_shapes is not None else batch
-        leaves = pytree.tree_leaves((part.example.args, part.example.kwargs))
         with torch.enable_grad():
-            self.results(
-                [torch.zeros_like(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in leaves]
-            )
+            zeros = part.example.map(lambda value: torch.zeros_like(value) if value.is_floating_point() else value)
+            self.results(zeros.leaves())
             assert self._total is not None
             found = torch.autograd.grad(self._total, list(self._taps.values()), allow_unused=True)
         gradients = dict(zip(self._taps, found, strict=True))

@@ -19,8 +19,9 @@ from torch.nn.parameter import is_lazy
 
 from .detector import is_detector
 from .errors import CaptureError, UsageError, first_line
-from .graph.capture import Captured, Example, capture
+from .graph.capture import Captured, capture
 from .graph.cost import Costs, Model
+from .graph.example import Example
 from .graph.groups import Group, Grouping, group
 from .graph.infer import Types, hint, infer, named_tensors
 from .graph.terms import Cause

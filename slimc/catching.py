@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .graph.capture import Example
+from .graph.example import Example
 from .graph.stateless import Stateless
 
 
@@ -33,7 +33,5 @@ class Catching(Stateless):
 
     def results(self, example: Example) -> list[Tensor]:
         """The output tensors of real numbers."""
-        leaves = pytree.tree_leaves((example.args, example.kwargs))
-        copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        found = self.run(*copies, enable_io_processing=False)
+        found = self.run(*example.copies(), enable_io_processing=False)
         return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -50,7 +50,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .graph.capture import Example
+    from .graph.example import Example
     from .loading import Loaded
 
 _DEMO = Path("slimc-demo")

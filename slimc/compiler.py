@@ -18,8 +18,8 @@ from .choose import BETWEEN, How, check_norm, check_pace, check_select, choose
 from .describe import UNFITTED, facts_of, remarks_on, report_of, results_of, versions, warnings_of
 from .errors import InternalError, UsageError
 from .exporters import machine
-from .graph.capture import Example
 from .graph.cost import Costs
+from .graph.example import Example
 from .graph.resize import Cut
 from .graph.stateless import modes_kept
 from .pace import Pace

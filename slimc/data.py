@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .datasets import fashion_mnist, image_folder, load_arrays, picture
 from .errors import UsageError
-from .graph.capture import Example
+from .graph.example import Example
 
 _BATCH = 64
 _FORMS = "npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package.module:function"

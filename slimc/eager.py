@@ -21,7 +21,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .errors import PlanError, first_line
-from .graph.capture import Example, tensors_only
+from .graph.capture import tensors_only
+from .graph.example import Example
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut, Resizing
 from .graph.rule import arguments

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .datasets import load_arrays
 from .errors import UsageError
-from .graph.capture import Example
+from .graph.example import Example
 
 _SHAPE = re.compile(r"(?P<sizes>\d+([x,]\d+)*)(:(?P<kind>\w+))?")
 KINDS = {

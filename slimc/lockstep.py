@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .graph.capture import Example
+from .graph.example import Example
 from .graph.infer import attribute, hint
 from .graph.stateless import written
 from .samples import Samples
@@ -36,9 +36,7 @@ class Frontier:
 
     def __init__(self, module: GraphModule, examples: Sequence[Example]) -> None:
         self.module = module
-        leaves = (pytree.tree_leaves((example.args, example.kwargs)) for example in examples)
-        # Copies: in-place operators write into their arguments, and the caller's inputs must stay as they are.
-        self._inputs = [[leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch] for batch in leaves]
+        self._inputs = [example.copies() for example in examples]
         self._placeholders = 0
         self._expires, self._written = _last_uses(module), written(module)
         self.values: list[dict[Node, Any]] = [{} for _ in self._inputs]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from .errors import UsageError
 from .graph.infer import Types, tensors_of
@@ -30,10 +29,8 @@ def batches_of(subject: Subject) -> Samples:
 
 def run_graph(run: Interpreter, batch: Batch) -> Any:
     """The model's outputs, as the model returns them; inputs are copied, since operators may write into them."""
-    leaves = pytree.tree_leaves((batch.example.args, batch.example.kwargs))
-    leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     with torch.random.fork_rng():
-        flat = run.run(*leaves, enable_io_processing=False)
+        flat = run.run(*batch.example.copies(), enable_io_processing=False)
     return run.graph.process_outputs(flat)
 
 

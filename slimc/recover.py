@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from .errors import UsageError
-from .graph.capture import Example
+from .graph.example import Example
 from .graph.infer import Types
 from .graph.resize import Cut
 from .graph.stateless import Stateless
@@ -208,8 +208,7 @@ def _finite(value: float) -> float:
 @torch.no_grad()
 def outputs(module: GraphModule, example: Example) -> list[Tensor]:
     """The tensors that a graph returns."""
-    leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in _leaves(example)]
-    found = Stateless(module).run(*leaves, enable_io_processing=False)
+    found = Stateless(module).run(*example.copies(), enable_io_processing=False)
     return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
@@ -242,7 +241,3 @@ def _columns(batches: Sequence[Tensor]) -> Tensor:
     flat = [value.reshape(len(value) if value.dim() else 1, -1) for value in batches]
     alike = len({value.shape[1] for value in flat}) == 1
     return torch.cat(flat if alike else [value.reshape(-1, 1) for value in flat])
-
-
-def _leaves(example: Example) -> list[object]:
-    return list(pytree.tree_leaves((example.args, example.kwargs)))

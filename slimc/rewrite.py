@@ -106,16 +106,9 @@ def shapes_agree(types: Types, cut: Cut, rewritten: Rewritten) -> str | None:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     prop = FakeTensorProp(rewritten.module, mode)
     with torch.no_grad(), buffers_kept(rewritten.module):  # what is computed from tensors alone runs for real
-        prop.propagate(*_flat_inputs(types))
+        prop.propagate(*types.captured.example.leaves())
     for old, new in rewritten.twins.items():
         value, axes = new.meta.get("val"), types.values.get(old)
         if isinstance(value, Tensor) and isinstance(axes, tuple) and tuple(value.shape) != work.shape(axes):
             return f"{old.name}: shape {tuple(value.shape)}, predicted {work.shape(axes)}"
     return None
-
-
-def _flat_inputs(types: Types) -> list[object]:
-    from torch.utils import _pytree as pytree
-
-    example = types.captured.example
-    return list(pytree.tree_leaves((example.args, example.kwargs)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import UsageError
-from .graph.capture import Example
+from .graph.example import Example
 from .inputs import KINDS
 
 LIMIT = 512

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .catching import Catching
-from .graph.capture import Example
+from .graph.example import Example
 from .graph.rule import operator_name
 from .lockstep import trainable_at_once
 from .samples import Samples

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .graph.capture import Captured, Example
+from .graph.capture import Captured
+from .graph.example import Example
 from .graph.infer import attribute
 from .graph.rule import arguments, operator_name
 from .graph.stateless import Stateless

@@ -13,7 +13,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .graph.capture import Example
+from .graph.example import Example
 from .samples import Batch, Samples
 
 _PASTED, _BLENDED = 0.75, 0.5

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from .errors import VerificationError, first_line
-from .graph.capture import Example
+from .graph.example import Example
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut
 from .graph.rule import arguments, operator_name
@@ -126,7 +126,7 @@ class _Check:
         try:
             return self.error(example, self.trained)
         except VerificationError:
-            leaves = pytree.tree_leaves((example.args, example.kwargs))
+            leaves = example.leaves()
             try:
                 with torch.no_grad():
                     found = Plain(self.types.captured.module, self.trained, _PRECISION).results(leaves)
@@ -141,7 +141,7 @@ class _Check:
         error, slim = self._compared(example, read)
         if self.cut.alive.all():
             return error, None
-        leaves = pytree.tree_leaves((example.args, example.kwargs))
+        leaves = example.leaves()
         moved = 0.0
         for dtype in (torch.float32, _PRECISION):
             with torch.no_grad():
@@ -151,7 +151,7 @@ class _Check:
         return error, moved
 
     def _compared(self, example: Example, read: Read) -> tuple[float, list[Tensor]]:
-        leaves = pytree.tree_leaves((example.args, example.kwargs))
+        leaves = example.leaves()
         with torch.no_grad():
             try:
                 slim = self._slim(leaves, read)

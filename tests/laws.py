@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimc import eager
 from slimc.analysis import Analysis, analyse
-from slimc.graph.capture import Example, capture
+from slimc.graph.capture import capture
+from slimc.graph.example import Example
 from slimc.graph.groups import Grouping, group
 from slimc.graph.infer import infer
 from slimc.graph.resize import Cut

@@ -11,7 +11,8 @@ from zoo import CASES
 
 from slimc.analysis import analyse
 from slimc.errors import CaptureError, UsageError
-from slimc.graph.capture import Example, capture
+from slimc.graph.capture import capture
+from slimc.graph.example import Example
 
 
 def chain() -> nn.Module:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import slimc
 from slimc import compiler
 from slimc.errors import CaptureError, PlanError, UnreachableTarget, UsageError, VerificationError
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.rewrite import Rewritten, rewrite
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimc.data import open_data
 from slimc.datasets import load_arrays, picture
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.samples import collect
 
 X, Y, LABELS = torch.arange(12.0).view(4, 3), torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)

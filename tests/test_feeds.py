@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimc.datasets import FASHION_MNIST
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.training.feeds import Arrays, augment, open_training
 
 PICTURE = Example.of(torch.zeros(2, 1, 8, 8))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import slimc
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.losses import cross_entropy
 from slimc.samples import batch_of
 from slimc.schedules.dcp import discriminating

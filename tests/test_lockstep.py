@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from slimc import lockstep
 from slimc.analysis import Analysis, analyse
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.graph.resize import Cut
 from slimc.graph.rule import operator_name
 from slimc.lockstep import Frontier

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import slimc
 from slimc import recover
 from slimc.errors import UsageError
-from slimc.graph.capture import Example, capture
+from slimc.graph.capture import capture
+from slimc.graph.example import Example
 from slimc.graph.resize import Cut
 from slimc.recovery.reconstruct import WIDEST, reconstruct
 from slimc.regression import Moments, scaled

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slimc
 from slimc.errors import UsageError
-from slimc.graph.capture import Example, capture
+from slimc.graph.capture import capture
+from slimc.graph.example import Example
 from slimc.samples import Batch, Samples, collect, set_apart
 from slimc.synthetic import synthetic
 

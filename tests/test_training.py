@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 import slimc
 from slimc.demo import SIDE, Digits, DigitsNet, digits, trained_digits_net
 from slimc.errors import UsageError
-from slimc.graph.capture import Example, capture
+from slimc.graph.capture import capture
+from slimc.graph.example import Example
 from slimc.random_state import kept_random_state, random_state, seed_all
 from slimc.samples import Batch, batch_of
 from slimc.training.layout import layout

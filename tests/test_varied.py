@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.samples import Batch, Samples
 from slimc.varied import _moved, _rectangles, recoloured, variants, varied
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.samples import Batch
 from slimc.training import workers
 

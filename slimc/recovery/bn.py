@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from slimc.errors import UsageError
 from slimc.graph.infer import attribute
@@ -95,10 +94,7 @@ def reestimate(task: Task) -> str:
     measuring = _Measuring(module)
     with torch.no_grad():
         for example in task.samples.joined(_LEAST).examples():
-            leaves = pytree.tree_leaves((example.args, example.kwargs))
-            measuring.run(
-                *[leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], enable_io_processing=False
-            )
+            measuring.run(*example.copies(), enable_io_processing=False)
         found = {place: _statistics(sums, place[0]) for place, sums in measuring.sums.items()}
         for names, values in found.items():
             for name, value in zip(names, values, strict=True):

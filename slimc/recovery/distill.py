@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.nn import functional
 
 from slimc.catching import Catching
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.graph.infer import tensors_of
 from slimc.lockstep import trainable_at_once
 from slimc.onednn import Guard

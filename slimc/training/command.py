@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from slimc.errors import Interrupted, UsageError
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.result import Compressed
 
 from . import schedule as registry

@@ -18,7 +18,7 @@ from torch.nn import functional
 from slimc.data import Readable, function_of
 from slimc.datasets import fashion_mnist, image_folder, load_arrays, picture
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 
 BATCH, _DIGITS = 128, 64
 _HELD_OUT = 1 / 6

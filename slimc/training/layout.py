@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.graph.stateless import buffers_kept, modes_kept
 from slimc.samples import Batch
 

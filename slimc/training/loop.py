@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.graph.stateless import modes_kept
 from slimc.losses import check_labels, first_output, scalar
 from slimc.onednn import Guard

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from slimc.errors import UsageError
-from slimc.graph.capture import Example
+from slimc.graph.example import Example
 from slimc.losses import check_labels
 from slimc.random_state import kept_random_state, seed_all, set_random_state
 from slimc.samples import Batch, batch_of, check_alike, check_finite
