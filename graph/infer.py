@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,14 @@ class Types:
     unknown: tuple[Cause, ...]
     store: Store
     solution: Solution
+
+    def first(self, name: str) -> str:
+        """The name in `tensors` of the tensor that has this name, which may be one of several."""
+        return self._first.get(name, name)
+
+    @cached_property
+    def _first(self) -> dict[str, str]:
+        return {alias: first for first, names in self.aliases.items() for alias in names}
 
 
 def infer(captured: Captured) -> Types:

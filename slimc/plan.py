@@ -124,10 +124,10 @@ class Plan:
     def alive(self, types: Types) -> npt.NDArray[np.bool_]:
         """Which variables of a model live under this plan; checks that coupled indices go together."""
         tensors = types.weights
-        aliases = {alias: first for first, names in types.aliases.items() for alias in names}
-        self._check_tensors(tensors | {alias: tensors[first] for alias, first in aliases.items()})
+        more = [alias for aliases in types.aliases.values() for alias in aliases]
+        self._check_tensors(tensors | {alias: tensors[types.first(alias)] for alias in more})
         _check_ties(types, self.kept)
-        kept = {aliases.get(name, name): axes for name, axes in self.kept.items()}
+        kept = {types.first(name): axes for name, axes in self.kept.items()}
         alive = np.zeros(types.solution.variables, np.bool_)
         masks = {}
         for name, axes in types.tensors.items():

@@ -242,8 +242,7 @@ def _split(subject: Subject, node: Node, rows: Tensor) -> Iterator[Reading]:
 def _parameter(subject: Subject, node: Node) -> str:
     """The name of a layer's weight; empty if it is computed from others."""
     source = arguments(node)["weight"]
-    first = {alias: name for name, aliases in subject.types.aliases.items() for alias in aliases}
-    return first.get(str(source.target), str(source.target)) if source.op == "get_attr" else ""
+    return subject.types.first(str(source.target)) if source.op == "get_attr" else ""
 
 
 def _value(module: torch.nn.Module, node: Node) -> Tensor:

@@ -173,10 +173,9 @@ class _Check:
         """Tensors of the rewritten graph: its own, or those of `read` with the same cut."""
         if read == self.trained:
             return lambda name: attribute(self.rewritten.module, name)
-        first = {alias: name for name, names in self.types.aliases.items() for alias in names}
 
         def sliced(name: str) -> Any:
-            axes = self.types.tensors.get(first.get(name, name))
+            axes = self.types.tensors.get(self.types.first(name))
             if axes is None:
                 return attribute(self.rewritten.module, name)
             return self.cut.select(read(name), axes)

@@ -183,7 +183,6 @@ def _read(types: Types) -> set[tuple[str, int]]:
     Along all other axes channels are written: rows of layers, norms, biases, scales, tables, positions.
     """
     found = set()
-    first = {alias: name for name, names in types.aliases.items() for alias in names}
     for node in types.captured.module.graph.nodes:
         name = operator_name(node) if node.op == "call_function" else ""
         places: list[tuple[object, int]] = []
@@ -194,7 +193,7 @@ def _read(types: Types) -> set[tuple[str, int]]:
             places = [(left, -1), (right, -2)]
         for source, axis in places:
             if isinstance(source, Node) and source.op == "get_attr":
-                tensor = first.get(str(source.target), str(source.target))
+                tensor = types.first(str(source.target))
                 rank = len(types.tensors[tensor])
                 found.add((tensor, axis if axis >= 0 else max(0, rank + axis)))
     return found

@@ -23,7 +23,7 @@ def bn_scale(subject: Subject) -> list[Scores]:
     count = subject.types.solution.variables + 1
     total, members = np.zeros(count), np.zeros(count)
     for name in sorted(_scales(subject)):
-        first = next((n for n, aliases in subject.types.aliases.items() if name in aliases), name)
+        first = subject.types.first(name)
         gamma = subject.tensor(first).abs().double().cpu().numpy()
         for column in subject.types.solution.factors(subject.types.tensors[first][0]).T:
             np.add.at(total, column, gamma)

@@ -60,12 +60,11 @@ def distances(rows: Tensor) -> Tensor:
 
 def _written(subject: Subject) -> dict[str, set[int]]:
     """For each parameter with two axes or more that writes channels, the variables it writes."""
-    first = {alias: name for name, aliases in subject.types.aliases.items() for alias in aliases}
     found: dict[str, set[int]] = {}
     for site in writers(subject.types, after_norms=False):
         variables = set(np.unique(site.factors[site.factors >= 0]).tolist())
         for source in _parameters(site):
-            name = first.get(str(source.target), str(source.target))
+            name = subject.types.first(str(source.target))
             if name in subject.types.tensors and subject.is_parameter(name) and subject.tensor(name).dim() > 1:
                 found.setdefault(name, set()).update(variables)
     return found

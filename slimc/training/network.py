@@ -124,10 +124,7 @@ class Network:
         plain, is_gate = gates.plain_name(name)
         if is_gate:
             return next((place.axis,) for place in self.places if place.name == plain)
-        return self.analysis.types.tensors.get(self._first_names().get(plain, plain))
-
-    def _first_names(self) -> dict[str, str]:
-        return {alias: first for first, names in self.analysis.types.aliases.items() for alias in names}
+        return self.analysis.types.tensors.get(self.analysis.types.first(plain))
 
     def last_layer(self) -> tuple[str, ...]:
         """The parameters of the layer that comes last."""
