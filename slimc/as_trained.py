@@ -96,6 +96,16 @@ def _moments(module: GraphModule, node: Node, found: dict[Node, Moments]) -> Mom
     return None
 
 
+def has_statistics(node: Node) -> bool:
+    """Whether a node is a batch norm that reads stored statistics."""
+    if node.op != "call_function" or operator_name(node) != "batch_norm":
+        return False
+    call = arguments(node)
+    stored = all(isinstance(t, Node) and t.op == "get_attr" for t in (call["running_mean"], call["running_var"]))
+    # In a graph that trains the flag is read from the module's mode; at inference it is off there too.
+    return stored and call["training"] is not True
+
+
 def _normed(module: GraphModule, node: Node) -> Moments | None:
     """A batch norm with stored statistics: its input had these."""
     call = arguments(node)
@@ -104,7 +114,7 @@ def _normed(module: GraphModule, node: Node) -> Moments | None:
         found: Tensor = attribute(module, str(call[key].target))
         return found.detach().double()
 
-    if any(not isinstance(call[key], Node) or call[key].op != "get_attr" for key in ("running_mean", "running_var")):
+    if not has_statistics(node):
         return None
     variance = read("running_var")
     scale = torch.ones_like(variance) if call["weight"] is None else read("weight")

@@ -6,7 +6,7 @@ The scores of a group's members are summed; `normalise` then makes groups compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from .samples import Samples
 Need = Literal["weights", "inputs", "labels"]
 """What a scorer looks at besides the model: nothing, batches of inputs, or inputs with labels."""
 Loss = Callable[[Any, Any], Tensor]
-"""Takes the model's outputs and the targets of a batch, gives a scalar."""
+"""Takes the model's outputs and the targets of a batch, gives the mean over its samples."""
 
 Scores = npt.NDArray[np.float64]
 """[width] one number per channel of a group; all NaN where the method says nothing of a group."""
@@ -74,6 +74,20 @@ class Subject:
             for column in self.types.solution.factors(axis).T:
                 np.add.at(total, column, own)  # -1, no variable, is the last entry
         return self.by_group(total)
+
+    def sum_over_weights(self, values: Mapping[str, Tensor]) -> list[Scores]:
+        """As `sum_over_members`, of a number for each weight by the name of its tensor; other tensors do not count."""
+
+        def along(name: str, axes: list[int]) -> dict[int, Scores] | None:
+            if name not in values:
+                return None
+            own = values[name]
+            sums = {axis: [other for other in range(own.dim()) if other != axis] for axis in axes}
+            return {
+                axis: np.asarray((own.sum(others) if others else own).double().cpu()) for axis, others in sums.items()
+            }
+
+        return self.sum_over_members(along)
 
     def by_group(self, total: Scores, known: npt.NDArray[np.bool_] | None = None) -> list[Scores]:
         """Scores of all variables, [variables or more], by group; NaN for groups with a channel that is not `known`."""

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from .as_trained import has_statistics
 from .graph.capture import Captured
 from .graph.example import Example
 from .graph.infer import attribute
 from .graph.rule import arguments, operator_name
 from .graph.stateless import Stateless
-from .recovery.bn import is_reestimated
 from .samples import Batch, Samples
 from .varied import is_picture
 
@@ -60,7 +60,7 @@ def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Sam
         made = [dead_leaves(size, tuple(tensors[0].shape[1:]), generator).to(device) for size in sizes]
         source = "synthetic pictures of overlapping shapes"
         rounds = min(_MATCHING_ROUNDS, int(_MATCHING / (max(work, 1.0) * count)))
-        if rounds >= _FEWEST_ROUNDS and any(is_reestimated(node) for node in captured.module.graph.nodes):
+        if rounds >= _FEWEST_ROUNDS and any(has_statistics(node) for node in captured.module.graph.nodes):
             made = [matched(captured, example, pictures, rounds) for pictures in made]
             source += ", fitted to the model's batch norms"
         return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source, whole, True)
@@ -144,7 +144,7 @@ class _Statistics(Stateless):
 
     def run_node(self, n: Node) -> Any:
         """Compare before the norm runs, since it may write in place."""
-        if is_reestimated(n):
+        if has_statistics(n):
             call = arguments(n)
             x = self.env[call["input"]]
             mean, variance = (self.env[call[name]].detach() for name in ("running_mean", "running_var"))

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from slimc.as_trained import has_statistics
 from slimc.errors import UsageError
 from slimc.graph.infer import attribute
-from slimc.graph.rule import arguments, operator_name
+from slimc.graph.rule import arguments
 from slimc.graph.stateless import Stateless
 from slimc.recover import Task, step
 
@@ -56,7 +57,7 @@ class _Measuring(Stateless):
 
     def run_node(self, n: Node) -> Any:
         """Batch norms with running statistics are measured; everything else runs as it is."""
-        if not is_reestimated(n):
+        if not has_statistics(n):
             return super().run_node(n)
         call = arguments(n)
         x, weight, bias = (
@@ -71,17 +72,6 @@ class _Measuring(Stateless):
         return functional.batch_norm(x, None, None, weight, bias, training=True, eps=call["eps"])
 
 
-def is_reestimated(node: Node) -> bool:
-    """Whether a node is a batch norm that reads running statistics."""
-    if node.op != "call_function" or operator_name(node) != "batch_norm":
-        return False
-    call = arguments(node)
-    # In a graph that trains the flag is read from the module's mode; at inference it is off there too.
-    statistics = (call["running_mean"], call["running_var"])
-    stored = all(isinstance(tensor, Node) and tensor.op == "get_attr" for tensor in statistics)
-    return stored and call["training"] is not True
-
-
 @step("bn", "re-estimate batch-norm statistics on unlabelled samples", "Li et al., EagleEye, ECCV 2020, section 3.3")
 def reestimate(task: Task) -> str:
     """Replace the running mean and variance of every batch norm in the slim graph.
@@ -89,7 +79,7 @@ def reestimate(task: Task) -> str:
     Raises UsageError where the data has one value per channel only, or leads to values that are not finite.
     """
     module = task.slim
-    if not any(is_reestimated(node) for node in module.graph.nodes):
+    if not any(has_statistics(node) for node in module.graph.nodes):
         return "the model has no batch norm with running statistics: nothing to re-estimate"
     measuring = _Measuring(module)
     with torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from slimc.as_trained import has_statistics
 from slimc.graph.infer import attribute
 from slimc.graph.rule import arguments, operator_name
 from slimc.lockstep import Frontier
@@ -70,7 +71,7 @@ def tail_of(task: Task, old: Node, reader: Reader, before: Frontier, after: Fron
         name = operator_name(user)
         if name in _SAME and user.args[0] is node:
             pass
-        elif name == "batch_norm" and user.args[0] is node and axis == 1 and _at_inference(user):
+        elif has_statistics(user) and user.args[0] is node and axis == 1:
             if norm is None and node is old:
                 norm = twin
             for affine, graph, place in ((whole, task.original, user), (small, task.slim, twin)):
@@ -118,11 +119,6 @@ def _offset(slim: GraphModule, reader: Reader, norm: Node | None) -> Callable[[T
             bias_tensor.add_((change if factor is None else change * factor).to(bias_tensor.dtype))
 
     return add
-
-
-def _at_inference(node: Node) -> bool:
-    call = arguments(node)
-    return all(isinstance(call[name], Node) and call[name].op == "get_attr" for name in ("running_mean", "running_var"))
 
 
 def _batch_norm(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:

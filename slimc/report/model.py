@@ -70,7 +70,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class FrozenOperator:
-    """An operator that slimc has no rule for, and that was therefore left at full width."""
+    """An operator around which channels keep their full width, and why: it has no rule, or its rule has a limit."""
 
     op: str
     node: str

@@ -99,8 +99,7 @@ def discriminating(run: Run) -> Scores:
         sampling, loss = Sampling(subject, "dcp"), loss_of(subject)
         watch(subject, sampling.places)
         assert subject.samples is not None
-        with modes_kept(module):
-            module.eval()
+        with modes_kept(module, training=False):
             gradients = heads.gradients(subject.samples.batches, sampling.parameters, loss)
         return picked(subject, sampling.readings(), gradients)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from slimc.gradients import parameter_gradients
-from slimc.scorers.taylor import summed
 from slimc.scores import Scores, Subject, scorer
 
 
@@ -31,4 +30,4 @@ def obd(subject: Subject) -> list[Scores]:
             squares[name] = squares[name].addcmul_(gradient, gradient) if name in squares else gradient.square()
         samples += 1
     saliency = {name: own.mul_(subject.tensor(name).square()).mul_(0.5 / samples) for name, own in squares.items()}
-    return summed(subject, saliency)
+    return subject.sum_over_weights(saliency)

@@ -13,7 +13,6 @@ import torch
 
 from slimc.gradients import gate_gradients, parameter_gradients
 from slimc.roles import gated, joint, writers
-from slimc.scorers.taylor import summed
 from slimc.scores import Scores, Subject, scorer
 
 _SOURCE = "Lee et al., ICLR 2019"
@@ -43,4 +42,4 @@ def snip_sum(subject: Subject) -> list[Scores]:
             share = each.div_(whole) if whole > 0 else each
             total[name] = share if name not in total else total[name].add_(share)
         batches += 1
-    return [own / batches for own in summed(subject, total)]
+    return [own / batches for own in subject.sum_over_weights(total)]

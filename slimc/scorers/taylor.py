@@ -6,7 +6,6 @@ Source: Molchanov et al., "Importance Estimation for Neural Network Pruning" (CV
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from slimc.gradients import gate_gradients, parameter_gradients
@@ -37,21 +36,4 @@ def taylor_sum(subject: Subject) -> list[Scores]:
             each = gradient.mul_(subject.tensor(name)).square_()
             total[name] = each if name not in total else total[name].add_(each)
         batches += 1
-    return [own / batches for own in summed(subject, total)]
-
-
-def summed(subject: Subject, per_weight: dict[str, torch.Tensor]) -> list[Scores]:
-    """Numbers per weight, summed over all weights that go with each channel."""
-
-    def along(name: str, axes: list[int]) -> dict[int, Scores] | None:
-        if name not in per_weight:
-            return None
-        own = per_weight[name]
-        return {
-            axis: np.asarray(own.sum([other for other in range(own.dim()) if other != axis]).double().cpu())
-            if own.dim() > 1
-            else np.asarray(own.double().cpu())
-            for axis in axes
-        }
-
-    return subject.sum_over_members(along)
+    return [own / batches for own in subject.sum_over_weights(total)]

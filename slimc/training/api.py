@@ -22,10 +22,11 @@ from slimc.plan import weights_sha256
 from slimc.report import Accuracy, Method, Training
 from slimc.result import Compressed
 from slimc.rewrite import rewrite
+from slimc.scores import Loss
 
 from . import schedule as registry
 from .folder import RunFolder
-from .loop import Loss, Metric
+from .loop import Metric
 from .network import Network
 from .options import Options
 from .recipe import Recipe

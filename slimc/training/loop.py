@@ -21,6 +21,7 @@ from slimc.losses import check_labels, first_output, scalar
 from slimc.onednn import Guard
 from slimc.random_state import kept_random_state
 from slimc.samples import Batch, batch_of, check_finite
+from slimc.scores import Loss
 
 from . import workers
 from .features import Features
@@ -28,8 +29,6 @@ from .layout import layout
 from .recipe import Recipe, build, factor
 from .stream import Stream
 
-Loss = Callable[[Any, Any], Tensor]
-"""Takes the model's outputs and the targets of a batch, gives the mean over its samples."""
 Metric = Callable[[Any, Any], float]
 """Takes outputs and targets of one batch, gives the mean over its samples; larger is better."""
 Hook = Callable[[], None]
@@ -53,8 +52,7 @@ class Loop:
     """Trains a module for a number of steps.
 
     teacher: gives the original network's outputs for a batch, where the recipe distils; features: what is drawn to its
-    values inside. module is trained in place
-    and left in the mode it is in.
+    values inside. module is trained in place, and is in training mode afterwards.
     """
 
     def __init__(
@@ -302,8 +300,7 @@ def evaluate(
     """The mean of a metric over samples, in eval mode; every module's mode is put back. Top-1 accuracy if not given."""
     ask = metric or top1
     total = count = 0.0
-    with modes_kept(module):
-        module.eval()
+    with modes_kept(module, training=False):
         for batch in batches:
             own = layout(batch, module)
             with autocast(recipe or Recipe(precision="float32"), module):

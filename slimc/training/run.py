@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from slimc import recover, scores
 from slimc.analysis import Analysis, Stages
 from slimc.errors import UsageError
+from slimc.graph.stateless import modes_kept
 from slimc.random_state import OwnRandomState, kept_random_state, random_state, seed_all
 from slimc.recover import Task
 from slimc.report import TrainingPoint
 from slimc.samples import Samples, affordable, batch_of, collect
+from slimc.scores import Loss
 
 from . import workers
 from .folder import RunFolder
 from .interrupts import Wish
 from .journal import Journal
-from .loop import Hooks, Loss, Metric, evaluate
+from .loop import Hooks, Metric, evaluate
 from .network import Alive, Network
 from .options import Options
 from .phase import Phase, Trainer
@@ -245,14 +247,11 @@ class Run:
         """
         method = scores.find(scorer) if isinstance(scorer, str) else scorer
         types, grouping = self.network.typed()
-        graph = self.network.graph
-        training = graph.training
-        graph.eval()
         needed = None if method.needs == "weights" else self.samples
         subject = scores.Subject(types, grouping, "l2", self.options.seed, needed, self.loss, self.stages.tick)
-        plain = method.score(subject)
+        with modes_kept(self.network.graph, training=False):
+            plain = method.score(subject)
         found = scores.normalise(plain, method.normalisation if normalise == "auto" else normalise)
-        graph.train(training)
         total, unscored = np.full(self.analysis.types.solution.variables, np.nan), scores.unscored(plain)
         for group, own in zip(grouping.groups, found, strict=True):
             if group.number in unscored:
