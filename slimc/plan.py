@@ -9,7 +9,7 @@ import json
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,9 +167,9 @@ class Plan:
                 raise PlanError(f"{name}: channels are positions from 0 to {group.width - 1}, each once")
             alive[group.variables] = False
             alive[group.variables[kept]] = True
-        facts = {own.name: getattr(self, own.name) for own in fields(self)[3:]}  # all but the cut itself
-        facts |= {"attributes": None, "attributes_note": "the plan was edited; slimc.apply finds the sizes"}
-        return make(types, analysis.grouping, Cut(types, alive), **facts)
+        own = make(types, analysis.grouping, Cut(types, alive))
+        note = "the plan was edited; slimc.apply finds the sizes"
+        return replace(self, kept=own.kept, shapes=own.shapes, groups=own.groups, attributes=None, attributes_note=note)
 
     def _check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, axes in self.kept.items():

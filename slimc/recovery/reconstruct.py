@@ -26,7 +26,7 @@ from slimc.graph.rule import Axes
 from slimc.lockstep import Frontier, lockstep
 from slimc.readers import Reader, readers
 from slimc.recover import Task, step
-from slimc.recovery.tails import tail_of
+from slimc.recovery.tails import Tail, tail_of
 from slimc.regression import Fit, Moments, choose
 from slimc.samples import set_apart
 
@@ -99,8 +99,10 @@ def refit(task: Task, choose: Choose, widest: float = math.inf) -> Tally:
         reader = found[task.twins[old]]
         if reader.matrix(task.slim).shape[2] > widest:
             tally.wide += 1
+        elif _fit(task, reader, old, before, after, generator, choose):
+            tally.fitted += 1
         else:
-            _fit(task, reader, old, before, after, generator, choose, tally)
+            tally.unchanged += 1
         task.tick(tally.fitted + tally.unchanged + tally.wide, total)
 
     tally.samples = lockstep(
@@ -110,36 +112,57 @@ def refit(task: Task, choose: Choose, widest: float = math.inf) -> Tally:
 
 
 def _fit(
+    task: Task, reader: Reader, old: Node, before: Frontier, after: Frontier, generator: torch.Generator, choose: Choose
+) -> bool:
+    """Change a reader's weight and bias; False where they stay as they are."""
+    axes = task.types.values[old]
+    if not all(task.cut.fits(axes, value) for value in before.of(old)):
+        return False
+    matrix = reader.matrix(task.slim)
+    groups, outputs, inputs = matrix.shape
+    wide = torch.float64 if inputs <= WIDEST else torch.float32
+    tail = tail_of(task, old, reader, before, after)
+    gathered = _gathered(task, reader, old, before, after, generator, matrix.to(wide), tail)
+    if gathered is None:
+        return False
+    importance = tail.gain.square().to(wide).reshape(groups, outputs)
+    shape = attribute(task.slim, reader.weight).shape
+    each = math.prod(shape[2:]) if reader.kind.startswith("conv") else 1
+    fit = choose(*gathered, Layer(matrix.to(wide), each, importance, tail.offset is not None))
+    if fit.change is None and not bool(fit.offset.any()):
+        return False
+    if fit.change is not None:
+        reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
+    if tail.offset is not None:
+        tail.offset(fit.offset.flatten())
+    return True
+
+
+def _gathered(
     task: Task,
     reader: Reader,
     old: Node,
     before: Frontier,
     after: Frontier,
     generator: torch.Generator,
-    choose: Choose,
-    tally: Tally,
-) -> None:
-    axes = task.types.values[old]
-    if not all(task.cut.fits(axes, value) for value in before.of(old)):
-        tally.unchanged += 1
-        return
-    sizes = [_left(task, axes, value) for value in before.of(old)]
-    matrix = reader.matrix(task.slim)
-    groups, outputs, inputs = matrix.shape
-    tail = tail_of(task, old, reader, before, after)
+    matrix: Tensor,
+    tail: Tail,
+) -> tuple[Moments, Moments] | None:
+    """Moments of a reader's inputs and of what its results miss, to fit on and to judge by; None if they miss nothing.
+
+    matrix: [groups, outputs, inputs] in the precision to compute in.
+    """
+    axes, (groups, outputs, inputs) = task.types.values[old], matrix.shape
     weight: Tensor = attribute(task.slim, reader.weight)
-    spatial = None
     bias = None if reader.bias is None else attribute(task.slim, reader.bias).detach()
+    sizes = [_left(task, axes, value) for value in before.of(old)]
     counts = [reader.places(shape) for shape in sizes]
-    wanted = _rows(groups, inputs)
-    share = min(1.0, wanted / sum(counts))
+    share = min(1.0, _rows(groups, inputs) / sum(counts))
     fitted, judged = (Moments(groups, inputs, outputs, matrix.device) for _ in range(2))
-    wide = torch.float64 if inputs <= WIDEST else torch.float32
     apart = set_apart([shape[0] for shape in sizes], _JUDGED)
     lost = size = 0.0
     for number, (value, source) in enumerate(zip(before.of(old), after.of(reader.source), strict=True)):
         target = task.cut.select(value, axes)
-        spatial = target.shape[2:]
         places = torch.randperm(counts[number], generator=generator)[: max(2, round(share * counts[number]))]
         # Whole samples are set aside: places of one picture are alike.
         each = counts[number] // len(target)
@@ -148,30 +171,17 @@ def _fit(
             if not len(own):
                 continue
             part = own.to(target.device)
-            x = reader.rows(source, weight, spatial, part)
-            now = (x.to(wide) @ matrix.to(wide).transpose(1, 2)).transpose(0, 1).flatten(1)
+            x = reader.rows(source, weight, target.shape[2:], part)
+            now = (x.to(matrix.dtype) @ matrix.transpose(1, 2)).transpose(0, 1).flatten(1)
             if bias is not None:
-                now = now + bias.to(wide)
-            goal = tail.goal(reader, number, reader.results(target, part).to(wide), part)
+                now = now + bias.to(matrix.dtype)
+            goal = tail.goal(reader, number, reader.results(target, part).to(matrix.dtype), part)
             residual = (goal - now) * tail.answers
             lost, size = lost + float(residual.square().sum()), size + float(goal.square().sum())
             moments.add(x, residual.reshape(len(part), groups, outputs).transpose(0, 1))
     if lost <= _ROUNDING**2 * size:  # nothing before it has changed
-        tally.unchanged += 1
-        return
-    if not fitted.count:
-        fitted = judged
-    importance = tail.gain.square().to(wide).reshape(groups, outputs)
-    each = math.prod(weight.shape[2:]) if reader.kind.startswith("conv") else 1
-    fit = choose(fitted, judged, Layer(matrix.to(wide), each, importance, tail.offset is not None))
-    if fit.change is None and not bool(fit.offset.any()):
-        tally.unchanged += 1
-        return
-    tally.fitted += 1
-    if fit.change is not None:
-        reader.write(task.slim, (matrix.to(wide) + fit.change.transpose(1, 2)).to(matrix.dtype))
-    if tail.offset is not None:
-        tail.offset(fit.offset.flatten())
+        return None
+    return fitted if fitted.count else judged, judged
 
 
 def _left(task: Task, axes: Axes, value: Tensor) -> Sequence[int]:
