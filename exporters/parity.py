@@ -26,6 +26,9 @@ TOLERANCE = 1e-5
 """The largest relative error of an output that is let pass without a look at the rounding."""
 LARGEST_ROUNDING = 1e-4
 """Where the model's own outputs are further from float64 than this, rounding could hide a fault: refused."""
+LARGEST_CHANGED = 1e-3
+"""Of whole numbers, as an argmax gives: the largest share that rounding may change."""
+_FEW = 3
 _REFUSED = f"at most {TOLERANCE:.0e} is allowed. The file is not used; please report the model."
 
 
@@ -55,9 +58,10 @@ def check_onnx(
     """Compare the file, run by ONNX Runtime on the CPU, with `reference(*case)` for each input set.
 
     The error of an output is max|file - reference| / max|reference|. Raises ParityError, naming output, case
-    and error, if one is above TOLERANCE or is not a number; shapes and types must be equal, whole numbers exactly.
+    and error, if one is above TOLERANCE or is not a number; shapes and types must be equal, and whole numbers too.
     exact: `reference` in float64, run only where an output is above TOLERANCE: there the file's distance from it may
-    be ROUNDINGS times the reference's own, which is the largest over all input sets.
+    be ROUNDINGS times the reference's own, which is the largest over all input sets. Of whole numbers, such as an
+        argmax over many places, as many may differ from float64's as do in the reference, and a few.
     """
     session = onnx_format.open_session(path)
     names = tuple(value.name for value in session.get_outputs())
@@ -68,7 +72,7 @@ def check_onnx(
         inputs,
         names=names,
         batched=batched,
-        label=str(path),
+        label=path.name,
         exact=exact,
     )
 
@@ -100,11 +104,14 @@ def check(
         for i, name in enumerate(names):
             place = f"{where}: output {name!r}"
             error = relative_error(got[i], wanted[i], scales[i], where=place)
-            worst = max(worst, error)
-            if error <= TOLERANCE:
-                continue
             said = f"{place} differs from the model's by {error:.1e} relative to its largest value"
-            if exact is None or not wanted[i].dtype.is_floating_point:
+            if math.isinf(error) and not wanted[i].dtype.is_floating_point:
+                error = float((got[i] != wanted[i]).double().mean())
+                said = f"{place} differs from the model's in {error:.1%} of its numbers"
+            worst = max(worst, error)
+            if error <= (TOLERANCE if wanted[i].dtype.is_floating_point else 0.0):
+                continue
+            if exact is None:
                 raise ParityError(f"{said}; {_REFUSED}")
             beyond.append(_Beyond(case, i, said))
     rounding = None
@@ -156,8 +163,18 @@ def _rounding(
     def off(values: list[list[Tensor]], case: int, i: int) -> float:
         return relative_error(values[case][i].double(), truth[case][i].double(), scales[i])
 
+    def changed(values: list[list[Tensor]], i: int) -> int:
+        return sum(int((own[i] != true[i]).sum()) for own, true in zip(values, truth, strict=True))
+
     largest = 0.0
     for case, i, said in beyond:
+        if not expected[case][i].dtype.is_floating_point:
+            # Near ties of an argmax, or values at a threshold, fall to either side; a fault changes many numbers.
+            others, owns = changed(actual, i), changed(expected, i)
+            count = sum(outputs[i].numel() for outputs in expected)
+            if others > min(ROUNDINGS * owns + _FEW, LARGEST_CHANGED * count):
+                raise ParityError(f"{said}, and {others} of {count} from float64's (the model {owns}); {_REFUSED}")
+            continue
         own = max(off(expected, number, i) for number in range(len(expected)))
         files = off(actual, case, i)
         if own > LARGEST_ROUNDING or not files <= max(TOLERANCE, ROUNDINGS * own):

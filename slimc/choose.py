@@ -210,7 +210,8 @@ def _exactly(
     ignored = frozenset(ranking.kept_whole)
     search = planner.Search(ranking.grouping, analysis.cost, ranking.valued, limits, greedy.round_to, ignored, None)
     # What goes last in the ranking goes only where the ranking had to take it.
-    least = np.minimum(planner.last_to_go(analysis.grouping.widths), greedy.widths)
+    last = planner.last_to_go(analysis.grouping.widths)
+    least = np.minimum(-(-last // search.step) * search.step, greedy.widths)
     search.smallest = np.maximum(search.smallest, least)
     found = exact.improve(search, analysis.cost, greedy.widths)
     selection = Selection("exact", found.started, found.kept, found.bound)

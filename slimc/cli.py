@@ -209,6 +209,8 @@ def inspect(
         if dot and types:
             raise UsageError("--dot and --types are two ways of showing the model: give one of them")
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, None, seed)
+        for note in loaded.notes:
+            console.progress("note", note)
         analysis = compiler.inspect(loaded.model, example, progress=console.progress)
         if dot:
             print(to_dot(analysis.to_networkx()), end="")
@@ -335,7 +337,7 @@ def _open(
         console.progress("note", "--unsafe-pickle: the file may run any code while it is read")
     loaded = load(model, arch=arch, allow=allow or (), unsafe_pickle=unsafe_pickle)
     console.progress("stage", "input")
-    return loaded, example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch, loaded.model)
+    return loaded, example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch, loaded.model, loaded.notes)
 
 
 def _targets(**given: str | None) -> dict[str, str | None]:

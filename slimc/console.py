@@ -203,7 +203,8 @@ class Console:
             best = report.selection
             self._out.print(
                 f"[green]✓[/green] exact selection keeps {100 * best.kept:.2f}% of the scores (the ranking "
-                f"{100 * best.greedy:.2f}%); no choice within the targets keeps more than {100 * best.bound:.2f}%",
+                f"{100 * best.greedy:.2f}%); no choice that spares a tenth of each group keeps more than "
+                f"{100 * best.bound:.2f}%",
                 soft_wrap=True,
             )
         for step in report.recovery or ():

@@ -47,9 +47,11 @@ def facts_of(
 
 
 def results_of(targets: Sequence[Target], before: Costs, after: Costs) -> dict[str, TargetResult]:
-    """What each target asked and got."""
+    """What each target asked and got, but for a latency, which is measured."""
     found = {}
     for target in targets:
+        if target.metric == "latency":
+            continue
         full, left = (getattr(costs, planner.METRIC[target.metric]) for costs in (before, after))
         asked = target.limit(full) / full if target.share is None else target.share
         found[target.metric] = TargetResult(asked, left / full, full, left)
@@ -149,7 +151,8 @@ def remarks_on(
     unfitted: bool,
 ) -> list[str]:
     """What users should know of how channels were chosen."""
-    found = [_coarse(analysis, chosen.choice, limits)] if chosen.choice.round_to > 1 else []
+    is_by_budgets = chosen.choice.round_to > 1 and chosen.latency is None
+    found = [_coarse(analysis, chosen.choice, limits)] if is_by_budgets else []
     if chosen.choice.round_to < alignment:
         aligned = f"widths are multiples of {chosen.choice.round_to} only"
         found.append(f"{aligned}: the budget leaves no room for {alignment}")

@@ -52,7 +52,7 @@ def gate_gradients(subject: Subject, sites: Sequence[Site], *, per_sample: bool 
     Raises UsageError where labels or loss do not fit, or every derivative is zero.
     """
     samples, loss = batches_of(subject), loss_of(subject)
-    axes = [_batch_axis(subject.types, site) for site in sites] if per_sample else [None] * len(sites)
+    axes = [batch_axis(subject.types, site) for site in sites] if per_sample else [None] * len(sites)
     apart = per_sample and any(axis is None for axis in axes)
     if apart and subject.types.captured.dynamic_shapes is None and subject.types.captured.batch > 1:
         raise UsageError(
@@ -262,7 +262,7 @@ def _is_overwritten(node: Node) -> bool:
     return False
 
 
-def _batch_axis(types: Types, site: Site) -> int | None:
+def batch_axis(types: Types, site: Site) -> int | None:
     """The axis of a gated value that counts samples; None where there is none of that size alone."""
     batch = types.captured.batch
     shape = site.shaped.meta["val"].shape

@@ -18,7 +18,8 @@ from .graph.example import Example
 _SHAPE = re.compile(r"(?P<sizes>\d+([x,]\d+)*)(:(?P<kind>\w+))?")
 KINDS = {
     "float32": torch.float32, "float": torch.float32, "float64": torch.float64, "int64": torch.int64,
-    "int": torch.int64, "long": torch.int64, "int32": torch.int32, "bool": torch.bool,
+    "int": torch.int64, "long": torch.int64, "int32": torch.int32, "int8": torch.int8, "uint8": torch.uint8,
+    "bool": torch.bool,
 }  # fmt: skip
 """What `--input` may ask for."""
 _BATCH = 2
@@ -31,17 +32,22 @@ def example_inputs(
     seed: int,
     batch: int | None = None,
     model: nn.Module | None = None,
+    notes: Sequence[str] = (),
 ) -> Example:
     """Inputs from --input (shapes or a file), or of the shape that the model is known to take.
 
-    batch: the batch size that the model wants, where it wants one. model: tells the names of arguments.
+    batch: the batch size that the model wants, where it wants one. model: tells the names of arguments. notes: what
+        was found in the file, perhaps of its inputs.
 
     Raises UsageError where neither says what the input is.
     """
     generator = torch.Generator().manual_seed(seed)
     if not given:
         if known is None:
-            raise UsageError("this model's input is not known: give it with --input, for example --input 1x3x224x224")
+            said = "".join(f"\n  {note}" for note in notes)
+            raise UsageError(
+                f"this model's input is not known: give it with --input, for example --input 1x3x224x224{said}"
+            )
         # Two samples, since torch.export takes a batch of one for a constant.
         return Example((torch.randn(batch or _BATCH, *known, generator=generator),), {})
     files = [text for text in given if Path(text).suffix in (".npz", ".npy")]

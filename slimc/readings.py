@@ -43,6 +43,7 @@ class Reading:
     weight: [outputs, channels, kernel positions].
     factors: [channels, k] the variables behind each input channel; -1 for none.
     parameter: the weight's name, empty if it is computed from others; outputs: which rows of it these are.
+    layer: the whole layer's number, the same for all groups of a convolution.
     """
 
     rows: Tensor
@@ -50,6 +51,7 @@ class Reading:
     factors: Terms
     parameter: str
     outputs: slice
+    layer: int
 
     def members(self, group: Group) -> Terms:
         """[channels] the place in the group of each input channel, -1 for others."""
@@ -140,7 +142,11 @@ class Sampling:
 
     def readings(self) -> list[Reading]:
         """What was sampled."""
-        return [r for node in self._layers for r in _split(self._subject, node, self._rows[node][: self._filled[node]])]
+        return [
+            reading
+            for number, node in enumerate(self._layers)
+            for reading in _split(self._subject, node, self._rows[node][: self._filled[node]], number)
+        ]
 
 
 def _is_layer(subject: Subject, node: Node) -> bool:
@@ -223,7 +229,7 @@ def _padding(value: Any, reach: Sequence[int]) -> list[tuple[int, int]]:
     return [(side, side) for side in _spread(value, len(reach))]
 
 
-def _split(subject: Subject, node: Node, rows: Tensor) -> Iterator[Reading]:
+def _split(subject: Subject, node: Node, rows: Tensor, layer: int) -> Iterator[Reading]:
     """One reading for each group of a convolution."""
     call = arguments(node)
     module = subject.types.captured.module
@@ -236,7 +242,7 @@ def _split(subject: Subject, node: Node, rows: Tensor) -> Iterator[Reading]:
     inputs, outputs = len(factors) // groups, len(weight) // groups
     for number in range(groups):
         read, made = (slice(number * size, (number + 1) * size) for size in (inputs, outputs))
-        yield Reading(rows[:, read], weight[made], factors[read], name, made)
+        yield Reading(rows[:, read], weight[made], factors[read], name, made, layer)
 
 
 def _parameter(subject: Subject, node: Node) -> str:

@@ -157,6 +157,12 @@ class Compressed:
         with whole_file(Path(path)) as work:
             return self._export_onnx(self.program, work)
 
+    @property
+    def _names(self) -> onnx.Names | None:
+        """Of inputs and outputs, where the model was read from a file that names them."""
+        inputs, outputs = (getattr(self.analysis.model, f"{end}_names", None) for end in ("input", "output"))
+        return (inputs, outputs) if inputs and outputs else None
+
     def _export_onnx(self, program: torch.export.ExportedProgram, path: Path) -> OnnxFile:
         kinds = {t.dtype for t in self.graph.state_dict().values() if t.is_floating_point()}
         if (half := kinds & {torch.float16, torch.bfloat16}) and torch.float32 not in kinds:
@@ -169,7 +175,7 @@ class Compressed:
                 f"an input or output is {odd}, which cannot be compared in ONNX Runtime: leave the ONNX file out "
                 "(--no-onnx, save(onnx=False))"
             )
-        model = onnx.export(program, path)
+        model = onnx.export(program, path, self._names)
         parity = self._parity(path, model.batched)
         file = OnnxFile(path.name, model.opset, model.dynamic_batch, parity.max_relative_error, parity.rounding)
         self.report = replace(self.report, onnx=file)
@@ -217,7 +223,7 @@ class Compressed:
         with tempfile.TemporaryDirectory(prefix="slimc-") as folder:
             before = Path(folder) / "original.onnx"
             try:
-                onnx.export(program_of(self.analysis.captured.module, self.analysis.captured), before)
+                onnx.export(program_of(self.analysis.captured.module, self.analysis.captured), before, self._names)
             except OutputError as error:
                 self.warn([f"latency was not measured, since the original cannot be exported: {error}"])
                 return ()

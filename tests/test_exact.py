@@ -147,3 +147,11 @@ def test_widths_stay_multiples_of_the_alignment() -> None:
     model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 4))
     slim = slimc.compress(model, torch.zeros(2, 8), flops=0.5, round_to=8, select="exact", recover="none")
     assert all(group.kept % 8 == 0 for group in slim.report.groups)
+
+
+def test_the_spared_tenth_is_a_multiple_of_the_alignment_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 4))
+    slim = slimc.compress(model, torch.zeros(2, 8), flops=0.08, round_to=8, select="exact", recover="none")
+    assert slim.report.method.round_to == 8
+    assert all(group.kept % 8 == 0 for group in slim.report.groups)

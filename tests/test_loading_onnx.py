@@ -337,3 +337,44 @@ def test_an_old_opset_is_refused(tmp_path: Path) -> None:
 def test_most_operators_are_compared() -> None:
     compared = {title.split()[0] for title in ONE}
     assert len(compared & OPERATORS.keys()) > 80
+
+
+def test_an_output_that_is_a_constant_is_read(tmp_path: Path) -> None:
+    anchors = numbers(3, 4)
+    model = graph_of([node("Relu", "x", "y")], ["batch", 4], {})
+    model.graph.initializer.append(onnx.numpy_helper.from_array(anchors, "anchors"))
+    model.graph.output.append(helper.make_tensor_value_info("anchors", onnx.TensorProto.FLOAT, [3, 4]))
+    onnx.save(model, tmp_path / "net.onnx")
+    module = load(str(tmp_path / "net.onnx")).model
+    np.testing.assert_array_equal(module(torch.zeros(2, 4))[1].detach().numpy(), anchors)
+
+
+def test_whole_numbers_are_divided_towards_zero(tmp_path: Path) -> None:
+    nodes = [
+        node("Shape", "x", "s"), node("Gather", "s one", "w"), node("Neg", "w", "n"), node("Div", "n two", "q"),
+        node("Slice", "x zero q axis", "y"),
+    ]  # fmt: skip
+    constants = {"one": whole(1), "two": whole(2), "zero": whole(0), "axis": whole(1)}
+    path = tmp_path / "net.onnx"
+    onnx.save(graph_of(nodes, ["batch", 7], constants), path)
+    got, wanted = both(path, numbers(2, 7))
+    assert got.shape == wanted.shape == (2, 4)
+
+
+def test_names_of_inputs_and_outputs_stay_those_of_the_file(tmp_path: Path) -> None:
+    nodes = [
+        node("MatMul", "image w", "h"), node("Relu", "h", "r"), node("MatMul", "r v", "relu"),
+        node("ArgMax", "relu", "class", axis=1, keepdims=0),
+    ]  # fmt: skip
+    model = graph_of([node("Identity", "x", "relu")], ["batch", 8], {"w": numbers(8, 16), "v": numbers(16, 4)}, "relu")
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.input[0].name = "image"
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("relu", onnx.TensorProto.FLOAT, ["batch", 4]))
+    model.graph.output.append(helper.make_tensor_value_info("class", onnx.TensorProto.INT64, ["batch"]))
+    onnx.save(model, tmp_path / "net.onnx")
+    slim = slimc.compress(load(str(tmp_path / "net.onnx")).model, torch.randn(4, 8), flops=0.5, round_to=1)
+    slim.export_onnx(tmp_path / "slim.onnx")
+    graph = onnx.load(tmp_path / "slim.onnx").graph
+    assert [value.name for value in graph.input] == ["image"]
+    assert [value.name for value in graph.output] == ["relu", "class"]

@@ -343,3 +343,47 @@ def test_loading_leaves_the_environment_as_it_was(
     monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     load(str(genuine))
     assert os.environ.get(name) == value
+
+
+def test_a_program_of_training_is_refused(tmp_path: Path) -> None:
+    for part in (nn.BatchNorm1d(4), nn.Dropout()):
+        model = nn.Sequential(nn.Linear(4, 4), part).train()
+        torch.export.save(torch.export.export(model, (torch.randn(2, 4),)), tmp_path / "net.pt2")
+        with pytest.raises(LoadError, match=r"net\.pt2: .*training mode.*model\.eval\(\)"):
+            load(str(tmp_path / "net.pt2"))
+
+
+class Two(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize(("model", "inputs"), [
+    (Two(), (torch.randn(2, 4), torch.randn(2, 4))), (nn.Embedding(9, 4), (torch.zeros(2, 3, dtype=torch.int64),)),
+])  # fmt: skip
+def test_inputs_that_no_shape_describes_are_asked_for(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], tmp_path: Path
+) -> None:
+    torch.export.save(torch.export.export(model, inputs), tmp_path / "net.pt2")
+    assert load(str(tmp_path / "net.pt2")).input_shape is None
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            h = torch.relu(self.a(x))
+        result: torch.Tensor = self.a(h)
+        return result
+
+
+def test_a_program_with_regions_says_how_they_are_taken_apart(tmp_path: Path) -> None:
+    program = torch.export.export(Frozen().eval(), (torch.randn(2, 4),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    with pytest.raises(LoadError, match=r"run_decompositions\(\{\}\)"):
+        load(str(tmp_path / "net.pt2"))
+    torch.export.save(program.run_decompositions({}), tmp_path / "plain.pt2")
+    assert load(str(tmp_path / "plain.pt2")).input_shape == (4,)

@@ -113,6 +113,37 @@ def test_narrower_weights_are_said_to_be_pruned(model: nn.Module, tmp_path: Path
         load(written({name: value.clone() for name, value in narrow.items()}, tmp_path), arch=ARCH)
 
 
+def test_one_narrower_layer_is_no_other_head(model: nn.Module, tmp_path: Path) -> None:
+    state = {**model.state_dict(), "features.0.weight": model.state_dict()["features.0.weight"][:32].clone()}
+    with pytest.raises(LoadError) as caught:
+        load(written(state, tmp_path), arch=ARCH)
+    lines = str(caught.value).splitlines()
+    assert lines[1:-1] == ["  features.0.weight: file [32, 3, 3, 3], squeezenet1_1 [64, 3, 3, 3]"]
+    assert "--arch torchvision:squeezenet1_1" not in lines[-1]
+
+
+def test_whole_numbers_are_no_weights(model: nn.Module, tmp_path: Path) -> None:
+    name = "features.0.weight"
+    state = {**model.state_dict(), name: torch.ones_like(model.state_dict()[name], dtype=torch.int8)}
+    with pytest.raises(LoadError, match=r"features\.0\.weight is int8 .*quantised"):
+        load(written(state, tmp_path), arch=ARCH)
+
+
+def test_values_beside_the_weights_are_left_out(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({**model.state_dict(), "epoch": 3}, path)
+    loaded = load(str(path), arch=ARCH)
+    assert_same(loaded.model, model)
+    assert "left out 'epoch', which is no tensor" in loaded.notes
+
+
+def test_what_a_trainer_keeps_beside_the_model_is_left_out(model: nn.Module, tmp_path: Path) -> None:
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    loaded = load(written({**state, "criterion.weight": torch.ones(3)}, tmp_path), arch=ARCH)
+    assert_same(loaded.model, model)
+    assert any("'model.'" in note and "criterion.weight" in note for note in loaded.notes)
+
+
 def test_counters_that_old_files_lack_are_not_missed(tmp_path: Path) -> None:
     network = torchvision_models.shufflenet_v2_x0_5(weights=None)
     state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}

@@ -115,6 +115,30 @@ def test_whole_numbers_must_be_equal() -> None:
     assert relative_error(torch.tensor([1, 3]), torch.tensor([1, 2])) == math.inf
 
 
+@pytest.mark.parametrize(("size", "flipped", "own", "passes"), [
+    (10_000, 2, 0, True), (10_000, 8, 3, True), (10_000, 5, 0, False), (10_000, 20, 20, False), (8, 1, 0, False),
+])  # fmt: skip
+def test_near_ties_of_an_argmax_may_fall_to_either_side(size: int, flipped: int, own: int, passes: bool) -> None:
+    true = torch.arange(size) % 7
+
+    def with_flips(count: int, start: int) -> Tensor:
+        values = true.clone()
+        values[start : start + count] += 1
+        return values
+
+    def run() -> float:
+        return check(
+            lambda case: [with_flips(flipped, 0)], lambda x: with_flips(own, size // 2), [(torch.zeros(1),)],
+            names=["y"], batched=[False], label="m", exact=lambda x: true,
+        ).max_relative_error  # fmt: skip
+
+    if passes:
+        assert run() == pytest.approx((flipped + own) / size)
+    else:
+        with pytest.raises(ParityError, match=rf"{flipped} of {size} from float64's \(the model {own}\)"):
+            run()
+
+
 def test_a_missing_output_fails() -> None:
     with pytest.raises(ParityError, match="has 1 outputs, the model 2"):
         check(

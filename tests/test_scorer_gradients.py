@@ -8,7 +8,7 @@ import torch
 from scoring import analysed, build, eager_loss, labelled, run, score
 from torch import Tensor, nn
 
-from slimc.gradients import _batch_axis
+from slimc.gradients import batch_axis
 from slimc.graph.resize import Cut
 from slimc.graph.shrink import shrink
 from slimc.rewrite import rewrite
@@ -278,4 +278,14 @@ def test_samples_go_together_in_a_network_that_was_cut_as_well() -> None:
     slim = rewrite(analysis.types, cut)
     smaller, _ = shrink(analysis.types, analysis.grouping, cut, slim.module, slim.twins)
     for types in (analysis.types, smaller):
-        assert {_batch_axis(types, site) for site in writers(types)} == {0}
+        assert {batch_axis(types, site) for site in writers(types)} == {0}
+
+
+@pytest.mark.parametrize("scorer", ["taylor", "taylor-sum", "gate", "gate-joint", "snip", "snip-sum"])
+def test_a_batch_counts_by_its_samples(scorer: str) -> None:
+    model = Linear([[1.0, 2.0], [0.5, -1.0]], [[1.0, 1.0]])
+    x, y = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)).double(), torch.zeros(8, 1).double()
+    alone = [score(scorer, model, [(x[part], y[part])], loss=half_square) for part in (slice(0, 7), slice(7, 8))]
+    both = score(scorer, model, [(x[:7], y[:7]), (x[7:], y[7:])], loss=half_square)
+    for name, own in both.items():
+        np.testing.assert_allclose(own, (7 * alone[0][name] + alone[1][name]) / 8, rtol=1e-9)

@@ -93,6 +93,11 @@ def test_bn_scale_is_no_property_of_the_function() -> None:
     assert score("bn-scale", model)["a.weight"][0] == pytest.approx(4 * before[0])
 
 
+class Clamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0, 6)
+
+
 class Rectified(nn.Module):
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
@@ -104,7 +109,7 @@ class Rectified(nn.Module):
         return self.b(self.act(self.a(x)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.GELU(), nn.SiLU()])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.GELU(), nn.SiLU(), Clamp()])
 def test_apoz_counts_how_often_a_unit_is_off(activation: nn.Module) -> None:
     first = torch.tensor([0.0, 1, 0, -3, 2, 0], dtype=torch.float64)
     x = torch.stack([first, -torch.ones(6, dtype=torch.float64)], 1)
@@ -180,3 +185,23 @@ def test_chip_against_maps_of_an_eager_module() -> None:
 def test_chip_without_maps_is_refused_with_the_groups() -> None:
     with pytest.raises(UsageError, match=r"have one position only: a.weight"):
         score("chip", Rectified(nn.ReLU()), [torch.randn(4, 2).double()])
+
+
+class Swapped(nn.Module):
+    """Its layers see [positions, samples, channels]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x.transpose(0, 1)))).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def test_chip_tells_samples_apart_wherever_their_axis_is() -> None:
+    model, x = Swapped(), torch.randn(9, 5, 6, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        maps = torch.relu(model.a(x)).mT
+    wanted = torch.stack([brute_force(own, 1) for own in maps]).mean(0)
+    np.testing.assert_allclose(score("chip", model, [x])["a.weight"], wanted.numpy(), rtol=1e-6, atol=1e-7)

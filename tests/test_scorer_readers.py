@@ -434,3 +434,26 @@ def test_obs_takes_what_a_norm_of_tokens_saw_for_no_moments_of_features(
     for name, wanted in score("obs", model, [data]).items():
         assert np.isfinite(wanted).all()
         np.testing.assert_array_equal(found[name], wanted)
+
+
+class Blocks(nn.Module):
+    """A grouped convolution, whose groups weigh less from one to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4, bias=False)
+        self.c = nn.Conv2d(8, 2, 1)
+        for number in range(4):
+            self.b.weight.data[2 * number : 2 * number + 2] *= 10.0**-number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("scorer", ["lasso", "dcp"])
+def test_groups_of_a_convolution_count_by_their_share_of_the_whole_layer(scorer: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 4, 4)
+    found = score(scorer, Blocks(), [(x, torch.zeros(32, 4, 4, dtype=torch.int64))])
+    (own,) = (values for values in found.values() if len(values) == 4)  # which group of the convolution
+    assert (own[1:] < 0.2 * own[0]).all()

@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ EXTERNAL_DATA_BYTES = 1_500_000_000
 BATCH = "batch"
 
 
+Names = tuple[Sequence[str], Sequence[str]]
+"""What inputs and outputs are called."""
+
+
 @dataclass(frozen=True)
 class OnnxModel:
     """A written ONNX file.
@@ -55,16 +59,19 @@ class OnnxModel:
     unfolded: tuple[str, ...]
 
 
-def export(program: ExportedProgram, path: Path, *, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> OnnxModel:
+def export(
+    program: ExportedProgram, path: Path, names: Names | None = None, *, external_data_bytes: int = EXTERNAL_DATA_BYTES
+) -> OnnxModel:
     """Write `program` as ONNX, in the opset that torch chooses, and check the file with `onnx.checker`.
 
+    names: of inputs and outputs; default, those of forward's arguments and of what it returns.
     Weights above `external_data_bytes` go to PATH.data. Raises OutputError if torch has no translation for
     an operator or the file fails the check; nothing is written then.
     """
     translated = _translate(program, path)
     model = translated.model
     unfolded = fold(model.graph)
-    _rename_interface(model.graph, program)
+    _rename_interface(model.graph, *(names or (_input_names(program), _output_names(program))))
     _rename_dimensions(model.graph)
     _remove_traces(model)
     external = sum(value.const_value.nbytes for value in _initializers(model.graph)) > external_data_bytes
@@ -207,29 +214,37 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _rename_interface(graph: ir.Graph, program: ExportedProgram) -> None:
-    """Name inputs as forward's arguments and outputs "output", "output_0" ... or as the returned keys."""
-    used = {str(value.name) for value in _values(graph)}
-    inputs = [
+def _rename_interface(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name what goes in and out; a value inside the graph that has one of the names gets another."""
+    used = {str(value.name) for value in _values(graph)} | {*inputs, *outputs}
+    ends = {id(value) for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    for value in _values(graph):
+        if value.name in (*inputs, *outputs) and id(value) not in ends:
+            value.name = _unused(str(value.name), used)
+            used.add(value.name)
+    taken = {str(value.name) for value in graph.initializers.values()}
+    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        if len(values) != len(names):
+            continue
+        for value, name in zip(values, names, strict=True):
+            # An output that is at once a weight or an input has that name already.
+            if values is graph.outputs and (value.is_initializer() or value.is_graph_input()):
+                continue
+            value.name = _unused(name, taken) if name in taken else name
+            taken.add(value.name)
+
+
+def _input_names(program: ExportedProgram) -> list[str]:
+    """Of forward's arguments."""
+    return [
         spec.arg.name
         for spec in program.graph_signature.input_specs
         if spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
     ]
-    outputs = _output_names(program)
-    if len(outputs) == len(graph.outputs):
-        for value, name in zip(graph.outputs, outputs, strict=True):
-            # An output that is at once a weight or an input has that name already.
-            if not value.is_initializer() and not value.is_graph_input():
-                value.name = _unused(name, used | set(inputs), str(value.name))
-                used.add(value.name)
-    taken = {str(value.name) for value in _values(graph)}
-    if len(inputs) == len(graph.inputs):
-        for value, name in zip(graph.inputs, inputs, strict=True):
-            value.name = _unused(name, taken, str(value.name))
-            taken.add(value.name)
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
+    """Of the returned keys; "output", "output_0" ... where there are none."""
     signature = program.graph_signature
     tree = pytree.tree_unflatten(list(signature.user_outputs), program.call_spec.out_spec)
     paths = pytree.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)[0]
@@ -248,9 +263,7 @@ def _path_name(path: Iterable[Any]) -> str:
     return re.sub(r"\W+", "_", "_".join(parts)) or "output"  # ONNX takes no empty names
 
 
-def _unused(name: str, used: set[str], current: str) -> str:
-    if name == current or name not in used:
-        return name
+def _unused(name: str, used: set[str]) -> str:
     return next(candidate for i in range(1, 10**6) if (candidate := f"{name}_{i}") not in used)
 
 

@@ -281,8 +281,17 @@ _BINARY: dict[str, Any] = {
     "Equal": python.eq, "Greater": python.gt, "Less": python.lt, "GreaterOrEqual": python.ge, "LessOrEqual": python.le,
     "And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor,
 }  # fmt: skip
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    """ONNX divides whole numbers towards zero; sizes that are open are positive."""
+    if isinstance(a, int) and isinstance(b, int) and b:
+        return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+    return a // b
+
+
 _OF_SHAPES = {
-    "Add": python.add, "Sub": python.sub, "Mul": python.mul, "Div": python.floordiv, "Mod": python.mod,
+    "Add": python.add, "Sub": python.sub, "Mul": python.mul, "Div": _quotient, "Mod": python.mod,
     "Max": torch.sym_max, "Min": torch.sym_min,
     "Equal": lambda a, b: bool(a == b), "Greater": lambda a, b: bool(a > b), "Less": lambda a, b: bool(a < b),
 }  # fmt: skip

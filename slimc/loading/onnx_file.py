@@ -96,7 +96,7 @@ def _read(path: Path) -> onnx.ModelProto:
         onnx.load_external_data_for_model(model, str(path.parent))
         onnx.checker.check_model(str(path))
     except Exception as error:
-        raise LoadError(f"{path}: not valid ONNX: {first_line(error)}. Export it again.") from error
+        raise LoadError(f"{path}: not valid ONNX: {first_line(error).rstrip('.')}. Export it again.") from error
     return model
 
 

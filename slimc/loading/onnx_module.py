@@ -52,7 +52,10 @@ class Call:
 
     def refuse(self, reason: str) -> LoadError:
         """What cannot be expressed, for the caller to raise."""
-        return LoadError(f"the ONNX operator {self.operator} ({self.name}): {reason}")
+        return LoadError(
+            f"the ONNX operator {self.operator} ({self.name}): {reason}. Give the PyTorch model that the file was "
+            "exported from (.pt, .pt2, or weights with --arch)."
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ class OnnxModule(nn.Module):
     def input_names(self) -> tuple[str, ...]:
         """What the graph calls its inputs, in the order in which `forward` takes them."""
         return self._inputs
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What the graph calls its outputs, in the order in which `forward` gives them."""
+        return self._outputs
 
     def forward(self, *inputs: Tensor) -> Any:
         """The file's inputs in their order to its outputs: a tensor, or a tuple where there are several."""

@@ -24,7 +24,7 @@ from slimc.loading.scan import Call, Program, Storage, scan, shortened
 _HEADER_ENTRIES = ("byteorder", "version", ".format_version", ".storage_alignment")
 _TYPED_STORAGE_BYTES = {
     "Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16, "Float": 4, "Int": 4, "QInt32": 4,
-    "Half": 2, "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1, "QInt8": 1, "QUInt8": 1,
+    "Untyped": 1, "Half": 2, "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1, "QInt8": 1, "QUInt8": 1,
 }  # fmt: skip
 
 

@@ -108,7 +108,12 @@ def _check_operator(target: str, label: str) -> None:
         return
     raise LoadError(
         f"{label}: the program calls {target!r}, which is not an operator of PyTorch (aten, prims, torchvision). "
-        "Export the model without custom or higher-order operators, or give the original nn.Module."
+        + (
+            "Export it as torch.export.export(...).run_decompositions({}), which takes it apart"
+            if "higher_order" in target
+            else "Export the model without custom operators"
+        )
+        + ", or give the original nn.Module."
     )
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 
 from slimc.errors import LoadError, first_line
+from slimc.graph.rule import arguments, operator_name
 from slimc.loading.archive import Archive, open_archive
 from slimc.loading.pickled import checked_copy, weights_only_forced
 from slimc.loading.program import checked_payloads, checked_program
@@ -68,7 +70,7 @@ def load_program(archive: Archive) -> ProgramFile:
         *(f"data/constants/{name}" for name in sorted(constant_names)),
     ]
     module, batch = _load(archive.repack(names, replaced), label)
-    return ProgramFile(module, _first_shape(example), notes, batch)
+    return ProgramFile(module, _only_shape(example), notes, batch)
 
 
 def _load(copy: io.BytesIO, label: str) -> tuple[nn.Module, int | None]:
@@ -76,12 +78,26 @@ def _load(copy: io.BytesIO, label: str) -> tuple[nn.Module, int | None]:
         try:
             # guards were removed from the file; slimc checks shapes itself and says where they do not fit
             program = torch.export.load(copy)
-            return program.module(check_guards=False), _fixed_batch(program)
+            module = program.module(check_guards=False)
         except Exception as error:  # the deserializer raises everything from AssertionError to KeyError
             raise LoadError(
                 f"{label}: torch {torch.__version__} cannot load the program ({type(error).__name__}: "
                 f"{first_line(error)}). Export it again with this version of torch."
             ) from error
+    if any(_trains(node) for node in program.graph.nodes):
+        raise LoadError(
+            f"{label}: the program was exported in training mode, in which dropout draws and batch norms use the "
+            "batch's own statistics. Export it again after model.eval()."
+        )
+    return module, _fixed_batch(program)
+
+
+def _trains(node: Node) -> bool:
+    """Whether an operator does what it does in training only; a norm without stored statistics has no other way."""
+    name = operator_name(node) if node.op == "call_function" else ""
+    if name == "batch_norm":
+        return bool(arguments(node)["training"] and arguments(node)["running_mean"] is not None)
+    return name in ("dropout", "feature_dropout", "alpha_dropout") and arguments(node)["train"] is True
 
 
 def _fixed_batch(program: torch.export.ExportedProgram) -> int | None:
@@ -137,11 +153,9 @@ def _sample_inputs(archive: Archive) -> tuple[bytes, Any]:
     return copy.getvalue(), value
 
 
-def _first_shape(example: Any) -> tuple[int, ...] | None:
-    """Shape of the first example tensor without its batch dimension."""
+def _only_shape(example: Any) -> tuple[int, ...] | None:
+    """Shape of the example without its batch axis, where it is one tensor of real numbers and nothing else."""
     match example:
-        case ([*positional], _) | (tuple(positional), _):
-            tensors = [value for value in positional if isinstance(value, torch.Tensor)]
-        case _:
-            return None
-    return tuple(tensors[0].shape[1:]) if tensors and tensors[0].dim() > 1 else None
+        case ([torch.Tensor() as tensor], {**rest}) | ((torch.Tensor() as tensor,), {**rest}) if not rest:
+            return tuple(tensor.shape[1:]) if tensor.dim() > 1 and tensor.is_floating_point() else None
+    return None

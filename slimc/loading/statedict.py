@@ -23,6 +23,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _HALF = (torch.float16, torch.bfloat16)
 _MAX_TENSORS = 100_000
 _SHOWN = 5
+_PLAIN = (int, float, str, bytes, type(None))
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ def _check_header(path: Path) -> None:
 
 
 def is_state_dict(value: object) -> bool:
-    """Whether a value maps names to tensors, perhaps with a few entries of other kinds that modules save beside."""
+    """Whether a value maps names to tensors, perhaps with plain values and what modules save beside."""
     if not isinstance(value, Mapping) or not value:
         return False
     tensors = sum(isinstance(part, Tensor) for part in value.values())
-    return tensors > 0 and all(
-        isinstance(name, str) and (isinstance(part, Tensor) or name.endswith("_extra_state"))
+    return 2 * tensors > len(value) and all(
+        isinstance(name, str) and (isinstance(part, (Tensor, *_PLAIN)) or name.endswith("_extra_state"))
         for name, part in value.items()
     )
 
@@ -71,7 +72,7 @@ def is_state_dict(value: object) -> bool:
 def cleaned(state: Mapping[str, Any], label: str) -> tuple[StateDict, tuple[str, ...]]:
     """Strip the prefixes of wrappers, convert half precision to float32, and check each tensor's kind."""
     tensors = {name: part for name, part in state.items() if isinstance(part, Tensor)}
-    notes: list[str] = []
+    notes = [f"left out {name!r}, which is no tensor" for name, part in state.items() if isinstance(part, _PLAIN)]
     for name, tensor in tensors.items():
         check_kind(name, tensor, label)
     if all(name.startswith("module.") or name == "n_averaged" for name in tensors):
@@ -102,14 +103,31 @@ def fit(state: StateDict, arch: str, label: str) -> Built:
         outer = {f"{prefix}{name}": tensor for name, tensor in state.items()}
         if not differences(outer, built.model):
             state, found, notes = outer, [], (*notes, f"the architecture has the prefix {prefix!r}: put back")
-    if found and (inner := _without_common_prefix(state)) is not None and not differences(inner[1], built.model):
-        notes = (*notes, f"stripped the prefix {inner[0]!r} from every name in the file")
-        state, found = inner[1], []
+    for prefix in dict.fromkeys(f"{name.partition('.')[0]}." for name in state if "." in name) if found else ():
+        inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if not differences(inner, built.model):
+            others = sorted(name for name in state if not name.startswith(prefix))
+            left = f"; left out: {', '.join(others[:_SHOWN])}" if others else ""
+            notes = (*notes, f"stripped the prefix {prefix!r} from the names in the file{left}")
+            state, found = inner, []
+            break
     if found:
         raise LoadError(_describe(found, state, built, arch, label))
     notes = (*notes, *_caveats(state, built))
+    _check_numbers(state, built, label)
     _fill(built.model, state)
     return replace(built, weights="file", notes=(*built.notes, *notes))
+
+
+def _check_numbers(state: StateDict, built: Built, label: str) -> None:
+    """Refuse whole numbers in the place of real ones: they are codes of a quantised network."""
+    own = built.model.state_dict()
+    for name, tensor in state.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            raise LoadError(
+                f"{label}: {name} is {str(tensor.dtype)[6:]} where {built.name} has real numbers, so the file is of a "
+                "quantised network. Give the float model's weights, and quantise the result."
+            )
 
 
 def _caveats(state: StateDict, built: Built) -> Iterator[str]:
@@ -145,15 +163,6 @@ def differences(state: Mapping[str, Tensor], model: nn.Module) -> list[Differenc
     ]
 
 
-def _without_common_prefix(state: StateDict) -> tuple[str, StateDict] | None:
-    """The names without their first part where all share it (``model.`` in Lightning checkpoints)."""
-    first = {name.partition(".")[0] for name in state}
-    if len(first) != 1 or not all("." in name for name in state):
-        return None
-    prefix = f"{first.pop()}."
-    return prefix, {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
 def _adapted(state: StateDict, built: Built) -> tuple[Built, tuple[str, ...]]:
     """Build again with the file's number of classes and auxiliary heads, where those are what differs."""
     options: dict[str, Any] = {}
@@ -172,7 +181,10 @@ def _adapted(state: StateDict, built: Built) -> tuple[Built, tuple[str, ...]]:
         notes.append(f"built with num_classes={classes}, as the head in the file has {classes} outputs")
     if not options:
         return built, ()
-    return replace(built, model=construct_torchvision(built.name, **options)), tuple(notes)
+    adapted = construct_torchvision(built.name, **options)
+    if any(part.file and part.model for part in differences(state, adapted)):  # it was no head that differs
+        return built, ()
+    return replace(built, model=adapted), tuple(notes)
 
 
 def _file_classes(found: list[Difference]) -> int | None:
@@ -188,7 +200,7 @@ def _describe(found: list[Difference], state: StateDict, built: Built, arch: str
     lines += [f"  {p.name}: file {_shape(p.file)}, {built.name} {_shape(p.model)}" for p in found[:_SHOWN]]
     if len(found) > _SHOWN:
         lines.append(f"  and {len(found) - _SHOWN} more")
-    lines.append(_hint(found, state))
+    lines.append(_hint(found, state, arch))
     return "\n".join(lines)
 
 
@@ -196,11 +208,11 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "has none" if shape is None else str(list(shape))
 
 
-def _hint(found: list[Difference], state: StateDict) -> str:
+def _hint(found: list[Difference], state: StateDict, arch: str) -> str:
     from slimc.loading.suggest import matching_architectures, suggestion
 
     shapes = [part for part in found if part.file and part.model]
-    matches = matching_architectures(state)
+    matches = [match for match in matching_architectures(state) if f"torchvision:{match[0]}" != arch]
     if matches:
         return suggestion(matches, len(state))
     if _file_classes(found) is not None and len(shapes) == len(found):

@@ -191,7 +191,8 @@ class RecoveryStep:
 class Selection:
     """What share of all channels' scores stays: by the greedy ranking, and by the selection that was used.
 
-    bound: no choice of widths within the targets keeps more.
+    bound: no choice of widths within the targets keeps more, of those that spare what the ranking spared: up to a tenth
+        of each group.
     """
 
     method: str

@@ -78,4 +78,5 @@ def _rectifiers(subject: Subject) -> dict[Place, tuple[int, Terms]]:
 
 def _is_rectifier(node: Node) -> bool:
     name = operator_name(node)
-    return name in _RECTIFIERS or (name == "hardtanh" and arguments(node)["min_val"] == 0)
+    lowest = {"hardtanh": "min_val", "clamp": "min", "clamp_min": "min", "clip": "min"}.get(name)
+    return name in _RECTIFIERS or (lowest is not None and arguments(node)[lowest] == 0)

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from slimc.activations import Place, See, watch
 from slimc.errors import UsageError
+from slimc.gradients import batch_axis
 from slimc.graph.groups import Group
 from slimc.graph.terms import Terms
 from slimc.roles import Site, readers
@@ -44,12 +45,12 @@ def chip(subject: Subject) -> list[Scores]:
 
     def looking(site: Site) -> See:
         assert site.operand is not None
-        place = (site.node, site.operand)
+        place, rows_at = (site.node, site.operand), batch_axis(subject.types, site) or 0
         held = {number[v] for v in np.unique(site.factors[site.factors >= 0]).tolist() if v in number}
         rows = {n: _rows(subject.grouping.groups[n], site) for n in sorted(held)}
 
         def see(value: Tensor, batch: Batch) -> None:
-            maps = _maps(value, site.axis, batch.count)
+            maps = _maps(value, site.axis, batch.count, rows_at)
             for group, index in rows.items():
                 width, each = index.shape
                 own, relative = np.zeros(width), np.zeros(width)
@@ -157,7 +158,7 @@ def _rows(group: Group, site: Site) -> Terms:
     return np.array(rows)
 
 
-def _maps(value: Tensor, axis: int, count: int) -> Tensor:
-    """[samples, channels, positions]; the first axis counts samples, perhaps with windows folded into it."""
-    moved = value.movedim(axis, -1)
+def _maps(value: Tensor, axis: int, count: int, rows_at: int) -> Tensor:
+    """[samples, channels, positions]; the axis that counts samples perhaps with windows folded into it."""
+    moved = value.movedim((rows_at, axis), (0, -1))
     return moved.reshape(count, -1, moved.shape[-1]).mT

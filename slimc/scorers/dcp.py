@@ -70,6 +70,7 @@ class Part:
     left: [inputs, outputs] the weights of channels that are not picked, zero for others.
     pull: [inputs, outputs] gram times left: what the inputs have in common with the error left.
     loss: [inputs, outputs] the gradient of the loss. rows: how many were sampled.
+    layer: the whole layer's number, the same for all groups of a convolution.
     """
 
     gram: Tensor
@@ -78,14 +79,15 @@ class Part:
     pull: Tensor
     loss: Tensor
     rows: int
+    layer: int
 
     @classmethod
-    def of(cls, rows: Tensor, weight: Tensor, members: Terms, loss: Tensor | None = None) -> Part:
+    def of(cls, rows: Tensor, weight: Tensor, members: Terms, loss: Tensor | None = None, layer: int = 0) -> Part:
         """From rows [rows, channels, kernel]; weight and its gradient of the loss are [outputs, channels, kernel]."""
         inputs, left = rows.flatten(1), weight.flatten(1).T.contiguous()
         gram = inputs.T @ inputs
         slope = torch.zeros_like(left) if loss is None else loss.flatten(1).T.contiguous()
-        return cls(gram, members, left, gram @ left, slope, len(rows))
+        return cls(gram, members, left, gram @ left, slope, len(rows), layer)
 
     def error(self) -> float:
         """The squared error over all rows and outputs that the picked channels leave."""
@@ -120,18 +122,18 @@ def _part(layer: Reading, group: Group, gradients: dict[str, Tensor]) -> Part | 
     if (own := gradients.get(layer.parameter)) is not None:
         own = own[layer.outputs].flatten(2) if own.dim() > 2 else own[layer.outputs, :, None]
         loss = unhalved(own[outputs][:, chosen])
-    return Part.of(rows, layer.weight[outputs][:, chosen], members[chosen], loss)
+    return Part.of(rows, layer.weight[outputs][:, chosen], members[chosen], loss, layer.layer)
 
 
 def pick(parts: list[Part], width: int) -> Scores:
     """Pick all channels, the largest gradient first; each scores the error left before it, largest from there on."""
-    targets = [max(part.error(), 1e-300) for part in parts]
+    targets = _errors(parts)
     left = np.ones(width, np.bool_)
     order: list[int] = []
     errors: list[float] = []
     at_once = -(-width // _ROUNDS)
     while left.any():
-        rest = [part.error() / target for part, target in zip(parts, targets, strict=True)]
+        rest = [error / max(targets[layer], 1e-300) for layer, error in _errors(parts).items()]
         norms = np.zeros(width)
         for part in parts:
             np.add.at(norms, part.members, part.norms().double().cpu().numpy())
@@ -144,3 +146,11 @@ def pick(parts: list[Part], width: int) -> Scores:
     score = np.zeros(width)
     score[order[::-1]] = running_worst(errors[::-1])
     return score
+
+
+def _errors(parts: list[Part]) -> dict[int, float]:
+    """The squared error that is left, by layer."""
+    found: dict[int, float] = {}
+    for part in parts:
+        found[part.layer] = found.get(part.layer, 0.0) + part.error()
+    return found

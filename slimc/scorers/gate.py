@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from slimc.gradients import gate_gradients
+from slimc.passes import batches_of
 from slimc.roles import gated, joint, spread, writers
 from slimc.scores import Scores, Subject, scorer
 
@@ -22,17 +23,19 @@ from slimc.scores import Scores, Subject, scorer
     "labels",
 )
 def gate(subject: Subject) -> list[Scores]:
-    """The mean over batches of the sum over writers of |phi dL/dphi| (additive lift)."""
+    """The mean over batches (by sample) of the sum over writers of |phi dL/dphi| (additive lift)."""
     sites = writers(subject.types)
-    total, batches = torch.zeros((1, subject.types.solution.variables + 1), dtype=torch.float64), 0
+    total, count = (
+        torch.zeros((1, subject.types.solution.variables + 1), dtype=torch.float64),
+        batches_of(subject).count,
+    )
     for found in gate_gradients(subject, sites):
         for site, own in zip(sites, found.values, strict=True):
             # A writer may hold a channel at several indices, which share its gate.
             each = torch.zeros_like(total)
             spread(each, site, own)
-            total += each.abs()
-        batches += 1
-    return subject.by_group((total[0] / batches).numpy(), gated(subject.types, sites))
+            total += each.abs() * found.count
+    return subject.by_group((total[0] / count).numpy(), gated(subject.types, sites))
 
 
 @scorer(
@@ -42,10 +45,9 @@ def gate(subject: Subject) -> list[Scores]:
     "labels",
 )
 def gate_joint(subject: Subject) -> list[Scores]:
-    """The mean over batches of |sum over writers of phi dL/dphi| (joint lift)."""
+    """The mean over batches (by sample) of |sum over writers of phi dL/dphi| (joint lift)."""
     sites = writers(subject.types)
-    total, batches = torch.zeros(subject.types.solution.variables, dtype=torch.float64), 0
+    total, count = torch.zeros(subject.types.solution.variables, dtype=torch.float64), batches_of(subject).count
     for found in gate_gradients(subject, sites):
-        total += joint(subject.types, sites, found.values)[0].abs()
-        batches += 1
-    return subject.by_group((total / batches).numpy(), gated(subject.types, sites))
+        total += joint(subject.types, sites, found.values)[0].abs() * found.count
+    return subject.by_group((total / count).numpy(), gated(subject.types, sites))

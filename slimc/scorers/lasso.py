@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from slimc.readings import readings
 from slimc.scores import Scores, Subject, scorer
@@ -33,8 +34,11 @@ def lasso(subject: Subject) -> list[Scores]:
     layers = readings(subject, "lasso")
     scores = []
     for group in subject.grouping.groups:
-        grams = [gram for layer in layers if (gram := layer.gram(group)) is not None]
-        grams = [gram / target for gram in grams if (target := float(gram.sum())) > 0]
+        whole: dict[int, Tensor] = {}  # by layer: of all groups of a convolution
+        for layer in layers:
+            if (gram := layer.gram(group)) is not None:
+                whole[layer.layer] = whole[layer.layer] + gram if layer.layer in whole else gram
+        grams = [gram / target for gram in whole.values() if (target := float(gram.sum())) > 0]
         scores.append(leaving(torch.stack(grams).sum(0).cpu().numpy()) if grams else np.full(group.width, np.nan))
     return scores
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from slimc.gradients import parameter_gradients
+from slimc.readers import unhalved
 from slimc.scores import Scores, Subject, scorer
 
 
@@ -26,7 +27,8 @@ def obd(subject: Subject) -> list[Scores]:
     squares: dict[str, torch.Tensor] = {}
     samples = 0
     for gradients in parameter_gradients(subject, one_by_one=True):
-        for name, gradient in gradients.items():
+        for name, half in gradients.items():
+            gradient = unhalved(half)
             squares[name] = squares[name].addcmul_(gradient, gradient) if name in squares else gradient.square()
         samples += 1
     saliency = {name: own.mul_(subject.tensor(name).square()).mul_(0.5 / samples) for name, own in squares.items()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from slimc.gradients import gate_gradients, parameter_gradients
+from slimc.passes import batches_of
 from slimc.roles import gated, joint, writers
 from slimc.scores import Scores, Subject, scorer
 
@@ -20,26 +21,24 @@ _SOURCE = "Lee et al., ICLR 2019"
 
 @scorer("snip", "|dL/dgate|, one gate for all writers of a channel, as a share of all gates", _SOURCE, "labels")
 def snip(subject: Subject) -> list[Scores]:
-    """The mean over batches of |dL/dm_i| over its sum over all channels (joint lift)."""
+    """The mean over batches (by sample) of |dL/dm_i| over its sum over all channels (joint lift)."""
     sites = writers(subject.types)
-    total, batches = torch.zeros(subject.types.solution.variables, dtype=torch.float64), 0
+    total, count = torch.zeros(subject.types.solution.variables, dtype=torch.float64), batches_of(subject).count
     for found in gate_gradients(subject, sites):
         each = joint(subject.types, sites, found.values)[0].abs()
-        total += each / each.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        batches += 1
-    return subject.by_group((total / batches).numpy(), gated(subject.types, sites))
+        total += each / each.sum().clamp_min(torch.finfo(torch.float64).tiny) * found.count
+    return subject.by_group((total / count).numpy(), gated(subject.types, sites))
 
 
 @scorer("snip-sum", "sum of |weight × gradient| over everything that goes with a channel", _SOURCE, "labels")
 def snip_sum(subject: Subject) -> list[Scores]:
-    """The mean over batches of |w g|, as a share of all weights, summed over a channel (additive lift)."""
+    """The mean over batches (by sample) of |w g|, as a share of all weights, summed over a channel (additive lift)."""
     total: dict[str, torch.Tensor] = {}
-    batches = 0
-    for gradients in parameter_gradients(subject):
+    samples = batches_of(subject)
+    for batch, gradients in zip(samples.batches, parameter_gradients(subject), strict=True):
         sensitivity = {name: gradient.mul_(subject.tensor(name)).abs_() for name, gradient in gradients.items()}
         whole = sum(float(each.double().sum()) for each in sensitivity.values())
         for name, each in sensitivity.items():
-            share = each.div_(whole) if whole > 0 else each
+            share = each.mul_(batch.count / whole) if whole > 0 else each
             total[name] = share if name not in total else total[name].add_(share)
-        batches += 1
-    return [own / batches for own in subject.sum_over_weights(total)]
+    return [own / samples.count for own in subject.sum_over_weights(total)]

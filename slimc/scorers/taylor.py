@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from slimc.gradients import gate_gradients, parameter_gradients
+from slimc.passes import batches_of
 from slimc.roles import gated, joint, writers
 from slimc.scores import Scores, Subject, scorer
 
@@ -17,23 +18,24 @@ _SOURCE = "Molchanov et al., CVPR 2019"
 
 @scorer("taylor", "(dL/dgate)² of the batch's mean loss, one gate for all writers of a channel", _SOURCE, "labels")
 def taylor(subject: Subject) -> list[Scores]:
-    """The mean over batches of (dL/dm)², signed sums over writers first (joint lift)."""
+    """The mean over batches (by sample) of (dL/dm)², signed sums over writers first (joint lift)."""
     sites = writers(subject.types)
-    total, batches = torch.zeros(subject.types.solution.variables, dtype=torch.float64), 0
+    total, count = torch.zeros(subject.types.solution.variables, dtype=torch.float64), batches_of(subject).count
     for found in gate_gradients(subject, sites):
-        total += joint(subject.types, sites, found.values)[0].square()
-        batches += 1
-    return subject.by_group((total / batches).numpy(), gated(subject.types, sites))
+        total += joint(subject.types, sites, found.values)[0].square() * found.count
+    return subject.by_group((total / count).numpy(), gated(subject.types, sites))
 
 
 @scorer("taylor-sum", "sum of (weight × gradient)² over everything that goes with a channel", _SOURCE, "labels")
 def taylor_sum(subject: Subject) -> list[Scores]:
-    """The mean over batches of the sum of (w g)², squares before sums (additive lift, no scale-invariance trap)."""
+    """The mean over batches (by sample) of the sum of (w g)².
+
+    Squares before sums: the additive lift, without the trap of scale invariance.
+    """
     total: dict[str, torch.Tensor] = {}
-    batches = 0
-    for gradients in parameter_gradients(subject):
+    samples = batches_of(subject)
+    for batch, gradients in zip(samples.batches, parameter_gradients(subject), strict=True):
         for name, gradient in gradients.items():
-            each = gradient.mul_(subject.tensor(name)).square_()
+            each = gradient.mul_(subject.tensor(name)).square_().mul_(batch.count)
             total[name] = each if name not in total else total[name].add_(each)
-        batches += 1
-    return [own / batches for own in subject.sum_over_weights(total)]
+    return [own / samples.count for own in subject.sum_over_weights(total)]
