@@ -22,11 +22,13 @@ class Example:
     shared: places (among all tensors) of those that have no row for each sample, such as a mask or a scalar; None for
         those that are not as long as the first tensor with axes. Data is told by the example that the model was
         captured with, since a mask can happen to be as long as a batch.
+    names: what the model calls its positional arguments, where that is known.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shared: frozenset[int] | None = None
+    names: tuple[str, ...] = ()
 
     @staticmethod
     def of(inputs: Any) -> Example:

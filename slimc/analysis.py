@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from .graph.example import Example
 from .graph.groups import Group, Grouping, group
 from .graph.infer import Types, hint, infer, named_tensors
 from .graph.terms import Cause
+from .inputs import names_of
 
 if TYPE_CHECKING:
     import networkx
@@ -218,7 +219,7 @@ def analyse(
             ours = _copy(model)
             if device is not None:
                 ours, example = _on(device, ours, example)
-            captured = capture(ours, example)
+            captured = capture(ours, replace(example, names=tuple(names_of(ours) or ())))
         with stages.stage("infer"):
             types = infer(captured)
             grouping = group(types)

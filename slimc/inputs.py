@@ -54,12 +54,12 @@ def example_inputs(
     if files and len(given) > 1:
         raise UsageError("--input: give one file with all inputs, or a shape for each input")
     if files:
-        example = _from_file(Path(files[0]), _names(model))
+        example = _from_file(Path(files[0]), names_of(model))
         return _in_order(example, Path(files[0]), getattr(model, "input_names", None))
     return Example(tuple(_tensor(text, generator, batch) for text in given), {})
 
 
-def _names(model: nn.Module | None) -> list[str] | None:
+def names_of(model: nn.Module | None) -> list[str] | None:
     """What a model's arguments are called; None where it takes any."""
     if names := getattr(model, "input_names", None):  # of a graph whose inputs have names, and are given in order
         return list(names)

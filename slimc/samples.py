@@ -242,6 +242,8 @@ def batch_of(item: Any, like: Example) -> Batch:
     Raises UsageError where the inputs are not there.
     """
     targets: Any | None = None
+    if like.names and not like.kwargs and not any(isinstance(value, Mapping) for value in like.args):
+        item = _by_position(item, like)
     if isinstance(item, (tuple, list)) and item and isinstance(item[0], Mapping) and like.kwargs:
         targets = item[1] if len(item) > 1 else None
         item = item[0]
@@ -251,12 +253,8 @@ def batch_of(item: Any, like: Example) -> Batch:
     if isinstance(item, (tuple, list)) and item and not like.args and len(names) == 1:  # the only input needs no name
         targets = None if len(item) == 1 else item[1] if len(item) == 2 else tuple(item[1:])
         item = {names[0]: item[0]}
-    # What is no tensor in the example (a flag, None) need not be in a batch.
     if isinstance(item, Mapping) and like.kwargs:
-        missing = [name for name, value in like.kwargs.items() if isinstance(value, Tensor) and name not in item]
-        if missing:
-            held = ", ".join(map(str, item)) or "nothing"
-            raise UsageError(f"a batch of --data lacks {', '.join(missing)}; it has {held}")
+        _check_held(item, like.kwargs)
         if targets is None:
             targets = next((item[name] for name in _TARGETS if name in item and name not in like.kwargs), None)
         found = {name: item.get(name, value) for name, value in like.kwargs.items()}
@@ -270,6 +268,25 @@ def batch_of(item: Any, like: Example) -> Batch:
         f"a batch of --data is {_kind(item)}; wanted "
         + (f"a dictionary with {', '.join(like.kwargs)}" if like.kwargs else _wanted(len(like.args)))
     )
+
+
+def _by_position(item: Any, like: Example) -> Any:
+    """A dictionary, perhaps with targets beside or inside it, as the tuple that a model without keywords takes."""
+    is_beside = isinstance(item, (tuple, list)) and len(item) > 0 and isinstance(item[0], Mapping)
+    given, targets = (item[0], item[1:]) if is_beside else (item, ())
+    if not isinstance(given, Mapping):
+        return item
+    wanted = dict(zip(like.names, like.args, strict=False))
+    _check_held(given, wanted)
+    targets = targets or [given[name] for name in _TARGETS if name in given and name not in wanted][:1]
+    return (*(given.get(name, value) for name, value in wanted.items()), *targets)
+
+
+def _check_held(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    # What is no tensor in the example (a flag, None) need not be in a batch.
+    if missing := [name for name, value in wanted.items() if isinstance(value, Tensor) and name not in given]:
+        held = ", ".join(map(str, given)) or "nothing"
+        raise UsageError(f"a batch of --data lacks {', '.join(missing)}; it has {held}")
 
 
 def _kind(batch: Any) -> str:

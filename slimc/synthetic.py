@@ -56,11 +56,12 @@ def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Sam
         sizes = [step] * len(sizes)
     generator, whole = np.random.default_rng(seed), captured.dynamic_shapes is None
     if len(tensors) == 1 and is_picture(tensors[0]):
-        device = tensors[0].device
-        made = [dead_leaves(size, tuple(tensors[0].shape[1:]), generator).to(device) for size in sizes]
+        made = [dead_leaves(size, tuple(tensors[0].shape[1:]), generator).to(tensors[0]) for size in sizes]
         source = "synthetic pictures of overlapping shapes"
         rounds = min(_MATCHING_ROUNDS, int(_MATCHING / (max(work, 1.0) * count)))
-        if rounds >= _FEWEST_ROUNDS and any(has_statistics(node) for node in captured.module.graph.nodes):
+        is_precise = tensors[0].element_size() >= torch.float32.itemsize  # for small steps of an optimiser
+        norms = any(has_statistics(node) for node in captured.module.graph.nodes)
+        if is_precise and norms and rounds >= _FEWEST_ROUNDS:
             made = [matched(captured, example, pictures, rounds) for pictures in made]
             source += ", fitted to the model's batch norms"
         return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source, whole, True)

@@ -26,10 +26,7 @@ _COLOURS = (1, 3)
 def is_picture(tensor: Tensor) -> bool:
     """Whether a tensor looks like grey or coloured pictures, [N, 1 or 3, height, width]."""
     return (
-        tensor.dim() == 4
-        and tensor.dtype == torch.float32
-        and tensor.shape[1] in _COLOURS
-        and min(tensor.shape[2:]) >= 8
+        tensor.dim() == 4 and tensor.is_floating_point() and tensor.shape[1] in _COLOURS and min(tensor.shape[2:]) >= 8
     )
 
 
@@ -73,7 +70,7 @@ def recoloured(example: Example, generator: torch.Generator) -> Example:
         plain = ((pictures - middle) / reach)[torch.arange(count, device=pictures.device)[:, None], order]
         # The middle of the range is 0 and its ends are 1 away.
         changed = (plain * (1 + _CONTRAST * contrast) + 2 * _BRIGHTNESS * brightness).clamp(-1, 1)
-        return torch.where(negative, -changed, changed) * reach + middle
+        return (torch.where(negative, -changed, changed) * reach + middle).to(pictures.dtype)
 
     return example.map(recolour)
 

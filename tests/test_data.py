@@ -245,7 +245,7 @@ def test_arrays_are_read_in_any_byte_order_and_floats_as_float32(kind: str, read
 
 
 def test_only_an_example_that_can_be_asked_for_is_suggested() -> None:
-    for batch in (X.to(torch.uint8), torch.zeros(4)):
+    for batch in (X.to(torch.int16), torch.zeros(4)):
         with pytest.raises(UsageError) as refused:
             only(batch, ONE)
         assert "--input" not in str(refused.value)

@@ -73,6 +73,33 @@ def test_re_estimated_statistics_are_those_that_torch_computes(form: str, slim: 
     assert [step.method for step in recovered.report.recovery] == ["bn"]
 
 
+@pytest.mark.parametrize("form", ["inside", "beside", "alone"])
+def test_dictionary_batches_feed_a_model_that_takes_no_keywords(form: str) -> None:
+    pictures, labels = noise(16, 3, 8, 8, seed=7) + 1, torch.zeros(16, dtype=torch.int64)
+    item: Any = {"x": pictures, "labels": labels}
+    if form != "inside":
+        item = ({"x": pictures}, labels) if form == "beside" else {"x": pictures}
+    captured = slimc.inspect(seeded(ConvNet), X).captured
+    batch = collect([item], captured.example).batches[0]
+    assert torch.equal(batch.example.args[0], pictures)
+    assert batch.targets is None if form == "alone" else torch.equal(batch.targets, labels)
+    with pytest.raises(UsageError, match="a batch of --data lacks x; it has pixels"):
+        collect([{"pixels": pictures}], captured.example)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_pictures_are_made_up_in_the_precision_of_the_model(dtype: torch.dtype) -> None:
+    x = noise(2, 3, 16, 16).to(dtype)
+    slim = slimc.compress(seeded(ConvNet).to(dtype), x, flops=0.5, round_to=1)
+    assert slim.report.calibration is not None
+    assert slim.report.calibration.source.startswith("synthetic pictures")
+    assert {p.dtype for p in slim.module.parameters()} == {dtype}
+    kept = [step for step in slim.report.recovery or () if step.kept]
+    assert kept[0].after is not None
+    assert kept[0].before is not None
+    assert kept[0].after < 0.5 * kept[0].before
+
+
 def test_dictionary_batches_feed_a_model_that_takes_keywords() -> None:
     class Keyword(nn.Module):
         def __init__(self) -> None:

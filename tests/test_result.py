@@ -338,7 +338,7 @@ def test_a_model_in_another_precision_is_sent_to_float32(kind: torch.dtype, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def _writes_a_model(_program: object, path: Path) -> Any:
+def _writes_a_model(_program: object, path: Path, _names: object) -> Any:
     from types import SimpleNamespace
 
     path.write_bytes(b"wrong")
