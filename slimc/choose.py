@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from . import planner, recover, scores
 from .analysis import Analysis, Stages
-from .errors import UsageError
+from .errors import UnreachableTarget, UsageError
 from .graph.cost import Costs
 from .graph.groups import Grouping
 from .graph.resize import Cut
@@ -181,10 +181,16 @@ def _rank(
 
 
 def _planned(analysis: Analysis, ranking: _Ranking, limits: Mapping[str, float], how: How) -> planner.Choice:
-    return planner.plan(
-        ranking.grouping, analysis.cost, ranking.ranked, limits, round_to=how.alignment, may_relax=how.may_relax,
-        ignored=ranking.kept_whole, whole=analysis.grouping.widths,
-    )  # fmt: skip
+    try:
+        return planner.plan(
+            ranking.grouping, analysis.cost, ranking.ranked, limits, round_to=how.alignment, may_relax=how.may_relax,
+            ignored=ranking.kept_whole, whole=analysis.grouping.widths,
+        )  # fmt: skip
+    except UnreachableTarget as error:
+        if not ranking.unscored:
+            raise
+        names = ", ".join(analysis.groups[number].name for number in ranking.unscored)
+        raise UnreachableTarget(f"{error} The scorer says nothing of {names}: another may cut these.") from error
 
 
 def _remove(analysis: Analysis, alive: npt.NDArray[np.bool_], grouping: Grouping, choice: planner.Choice) -> Cut:

@@ -134,9 +134,10 @@ def _way_out(grouping: Grouping, ignored: frozenset[int], round_to: int) -> str:
         return "No channel of this model can be removed; slimc inspect shows what holds them."
     if free <= ignored:
         return "All that can be removed is left whole by --ignore, or since the scorer says nothing of it."
+    fewer = ", or leave fewer layers whole" if ignored else ""
     if round_to > 1:
-        return "With --round-to 1 it is smaller; else raise the target, or ignore fewer layers."
-    return "Raise the target, or ignore fewer layers."
+        return f"With --round-to 1 it is smaller; else raise the target{fewer}."
+    return f"Raise the target{fewer}."
 
 
 def _up(share: float) -> str:

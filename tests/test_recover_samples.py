@@ -82,7 +82,11 @@ def test_dictionary_batches_feed_a_model_that_takes_no_keywords(form: str) -> No
     captured = slimc.inspect(seeded(ConvNet), X).captured
     batch = collect([item], captured.example).batches[0]
     assert torch.equal(batch.example.args[0], pictures)
-    assert batch.targets is None if form == "alone" else torch.equal(batch.targets, labels)
+    if form == "alone":
+        assert batch.targets is None
+    else:
+        assert isinstance(batch.targets, Tensor)
+        assert torch.equal(batch.targets, labels)
     with pytest.raises(UsageError, match="a batch of --data lacks x; it has pixels"):
         collect([{"pixels": pictures}], captured.example)
 
