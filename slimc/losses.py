@@ -90,7 +90,8 @@ def check_labels(targets: Any, count: int, output: tuple[int, ...], where: str) 
     if wrong.numel():
         raise UsageError(
             f"{where} holds the label {int(wrong.reshape(-1)[0])}; the model has {output[1]} classes, "
-            f"so labels are 0 to {output[1] - 1}"
+            f"so labels are 0 to {output[1] - 1}. Places without a class, as of ignore_index, take a loss of your own "
+            "that leaves them out (loss= in Python)"
         )
 
 

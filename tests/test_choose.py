@@ -177,3 +177,9 @@ def test_exact_selection_keeps_a_tenth_of_each_group_where_the_ranking_could() -
     greedy, exact = (widths(40, 0.08, select=select, **options) for select in ("greedy", "exact"))
     assert min(greedy) >= 4
     assert min(exact) >= 4
+
+
+def test_a_budget_out_of_reach_names_what_the_scorer_leaves_whole() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+    with pytest.raises(UnreachableTarget, match=r"Raise the target.* says nothing of 2\.weight: another may cut"):
+        slimc.compress(model, noise(2, 8), flops=0.1, scorer="apoz", data=[noise(16, 8)], recover="none", round_to=1)
