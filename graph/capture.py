@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import keyword
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,10 +84,10 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
                 except Exception as error:
                     note = f"torch.export could not keep the batch size open: {first_line(error)}"
         try:
-            program = _export(model, given, None)
+            found = _captured(_export(model, given, None), given, None)
         except Exception as error:
             raise CaptureError(_explain(model, error)) from error
-        return dataclasses.replace(_captured(program, given, None), batch_note=note)
+        return dataclasses.replace(found, batch_note=note)
 
 
 def program_of(module: GraphModule, captured: Captured) -> torch.export.ExportedProgram:
@@ -302,6 +303,8 @@ def _check_devices(model: nn.Module, example: Example) -> None:
 def _check_names(model: nn.Module) -> None:
     # torch writes names into the code of a graph as they are.
     for name in model.state_dict():
+        if word := next((part for part in name.split(".") if keyword.iskeyword(part)), None):
+            raise CaptureError(f"{name!r}: {word!r} is a word of Python, which cannot be captured; rename the module")
         if any(sign in name for sign in '"\\\n\r'):
             raise CaptureError(
                 f"{name!r}: names with quotes, backslashes or line breaks cannot be captured; rename the module"

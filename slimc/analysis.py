@@ -151,14 +151,18 @@ class Analysis:
 
     @property
     def frozen(self) -> tuple[Cause, ...]:
-        """What keeps channels from being removed, besides the model's inputs and outputs: operators with reasons."""
+        """What keeps channels from being removed, besides the model's inputs and outputs: operators with reasons.
+
+        What operators are made to do, as a window over channels, is left out unless no channel of the model can go.
+        """
         found = dict.fromkeys(self.types.unknown)
+        kinds = ("limit", "unknown") if self.groups else ("limit", "unknown", "structure")
         for axes in self.types.tensors.values():
             for axis in axes:
                 rows = self.types.solution.factors(axis)
                 for term in axis[(rows < 0).all(axis=1) & (axis > 0)][:1].tolist():
                     cause = self.types.store.cause(term)
-                    if cause.kind in ("limit", "unknown"):
+                    if cause.kind in kinds:
                         found[cause] = None
         return tuple(found)
 

@@ -349,11 +349,13 @@ def _latency_table(report: Report) -> Table:
 
 
 def _accuracy_table(report: Report) -> Table:
+    from .report.format import metric
+
     accuracy = report.accuracy
     assert accuracy is not None
     table = _table(accuracy.metric, "before", "right after the cut", "at the end", right=(1, 2, 3))
     values = (accuracy.before, accuracy.pruned, accuracy.after)
-    table.add_row(f"accuracy ({accuracy.data})", *("–" if v is None else f"{100 * v:.2f}%" for v in values))
+    table.add_row(f"accuracy ({accuracy.data})", *("–" if v is None else metric(v, accuracy.metric) for v in values))
     return table
 
 

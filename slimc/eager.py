@@ -36,6 +36,8 @@ Attributes = dict[str, dict[str, Any]]
 
 _TOLERANCE = 1e-4
 _TRIES, _TRAINING = 4, 1
+_MOST_TRIED = 16
+_HIDING = 1e-2
 _LARGEST = 2**31
 
 
@@ -56,8 +58,56 @@ def build(model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten, exampl
     small = with_tensors(model, {name: own.get(id(tensor), tensor) for name, tensor in tensors.items()})
     attributes = _attributes(model, types, cut, rewritten)
     set_attributes(small, attributes)
-    reason = _difference(small, rewritten, example)
+    wanted = _expected(rewritten, example)
+    reason = _difference(small, wanted, example)
+    for key in _own_attributes(model, attributes)[:_MOST_TRIED]:  # what is no size keeps its value
+        fewer = _without(attributes, model, key)
+        set_attributes(small, _values(model, attributes))
+        set_attributes(small, fewer)
+        if _difference(small, wanted, example) is None:
+            attributes, reason = fewer, None
+    set_attributes(small, _values(model, attributes))
+    set_attributes(small, attributes)
+    if reason is None:
+        with _hidden_shown(small):  # the graph shares its memory
+            reason = _difference(small, _expected(rewritten, example), example)
     return Eager(None, {}, reason) if reason else Eager(small, attributes, None)
+
+
+def _own_attributes(model: nn.Module, attributes: Attributes) -> list[tuple[type[nn.Module], str]]:
+    """Classes of the user's own with the names of attributes that are taken for sizes."""
+    found = {(type(model.get_submodule(path)), name): None for path, own in attributes.items() for name in own}
+    return [key for key in found if not key[0].__module__.startswith("torch.nn")]
+
+
+def _without(attributes: Attributes, model: nn.Module, key: tuple[type[nn.Module], str]) -> Attributes:
+    kept = {
+        path: {name: value for name, value in own.items() if (type(model.get_submodule(path)), name) != key}
+        for path, own in attributes.items()
+    }
+    return {path: own for path, own in kept.items() if own}
+
+
+def _values(model: nn.Module, attributes: Attributes) -> Attributes:
+    """What the attributes were."""
+    return {path: {name: vars(model.get_submodule(path))[name] for name in own} for path, own in attributes.items()}
+
+
+@contextlib.contextmanager
+def _hidden_shown(small: nn.Module) -> Iterator[None]:
+    """Parameters near zero take values near one for a while: scales of layers may hide what is behind them."""
+    hidden = [p for p in small.parameters() if p.is_floating_point() and p.numel() and p.abs().max() < _HIDING]
+    saved = [parameter.detach().clone() for parameter in hidden]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in hidden:
+                parameter.copy_(0.5 + 0.25 * torch.randn(parameter.shape, generator=generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(hidden, saved, strict=True):
+                parameter.copy_(value)
 
 
 def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -101,10 +151,17 @@ def _names(types: Types) -> list[str]:
     return [alias for name in own for alias in types.aliases.get(name, (name,))]
 
 
-def _difference(small: nn.Module, rewritten: Rewritten, example: Example) -> str | None:
+def _expected(rewritten: Rewritten, example: Example) -> list[Tensor]:
+    """What the graph computes."""
+    with torch.no_grad(), modes_kept(rewritten.module, training=False):
+        return _outputs(rewritten.module, example)
+
+
+def _difference(small: nn.Module, wanted: list[Tensor], example: Example) -> str | None:
+    """Why a module does not compute what the graph does; None where it does."""
     try:
         with torch.no_grad(), tensors_only(small), modes_kept(small, training=False):
-            got, wanted = (_outputs(model, example) for model in (small, rewritten.module))
+            got = _outputs(small, example)
     except Exception as error:
         return f"{type(small).__name__} does not run with the new sizes: {first_line(error)}"
     if [value.shape for value in got] != [value.shape for value in wanted]:

@@ -132,7 +132,7 @@ class Compressed:
                 self.note_recovery(name, outcome.detail, outcome.before, outcome.after, outcome.kept)
             agreement = judge.verdict(self.graph).agreement
         seen = Calibration(fitted.source, fitted.count, judged.count, agreement)
-        self.report = replace(self.report, calibration=seen)
+        self.report = replace(self.report, calibration=seen, seconds=dict(self.stages.seconds))
         if self.module is not self.graph:
             _copy_tensors(self.graph, self.module)
 

@@ -97,7 +97,11 @@ def _copy_untensored(original: GraphModule, graph: Graph, root: nn.Module) -> No
 
 def shapes_agree(types: Types, cut: Cut, rewritten: Rewritten) -> str | None:
     """Name the first node whose shape differs from what the terms predict; None if all agree."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -105,8 +109,11 @@ def shapes_agree(types: Types, cut: Cut, rewritten: Rewritten) -> str | None:
     # Loops of torch ask for symbols, even where no size is one.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     prop = FakeTensorProp(rewritten.module, mode)
-    with torch.no_grad(), buffers_kept(rewritten.module):  # what is computed from tensors alone runs for real
-        prop.propagate(*types.captured.example.leaves())
+    try:
+        with torch.no_grad(), buffers_kept(rewritten.module):  # what is computed from tensors alone runs for real
+            prop.propagate(*types.captured.example.leaves())
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return None  # sizes or checks that need the data: the proof, which has it, comes next
     for old, new in rewritten.twins.items():
         value, axes = new.meta.get("val"), types.values.get(old)
         if isinstance(value, Tensor) and isinstance(axes, tuple) and tuple(value.shape) != work.shape(axes):

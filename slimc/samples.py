@@ -242,6 +242,9 @@ def batch_of(item: Any, like: Example) -> Batch:
     Raises UsageError where the inputs are not there.
     """
     targets: Any | None = None
+    is_nested = isinstance(item, (tuple, list)) and 0 < len(item) <= 2 and isinstance(item[0], (tuple, list))
+    if is_nested and len(item[0]) == len(like.args) and not isinstance(like.args[0], (tuple, list)):
+        item = (*item[0], *item[1:])  # ((inputs ...), targets)
     if like.names and not like.kwargs and not any(isinstance(value, Mapping) for value in like.args):
         item = _by_position(item, like)
     if isinstance(item, (tuple, list)) and item and isinstance(item[0], Mapping) and like.kwargs:

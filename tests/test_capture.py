@@ -154,3 +154,33 @@ def test_names_that_torch_cannot_write_down_are_refused(name: str) -> None:
     model.add_module(name, nn.Linear(4, 8))
     with pytest.raises(CaptureError, match="names with quotes, backslashes or line breaks"):
         capture(model, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("name", ["class", "global"])
+def test_names_that_are_words_of_python_are_refused_by_name(name: str) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleDict({name: nn.Linear(4, 2)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.heads[name](x)
+            return out
+
+    with pytest.raises(CaptureError, match=rf"'heads\.{name}\.weight': '{name}' is a word of Python"):
+        capture(Words(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("name", ["graph", "code"])
+def test_names_that_graphs_have_themselves_end_in_no_internal_error(name: str) -> None:
+    class Reserved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.get_submodule(name)(x)
+            return out
+
+    with pytest.raises(CaptureError, match="Reserved cannot be captured"):
+        capture(Reserved(), torch.randn(2, 4))

@@ -38,7 +38,7 @@ def test_a_batch_gives_the_input_of_a_model_with_one(batch: Any) -> None:
     assert not example.kwargs
 
 
-@pytest.mark.parametrize("batch", [(X, Y), (X, Y, LABELS), [X, Y, LABELS]])
+@pytest.mark.parametrize("batch", [(X, Y), (X, Y, LABELS), [X, Y, LABELS], ((X, Y), LABELS), ([X, Y],)])
 def test_a_batch_gives_the_first_inputs_of_a_model_with_several(batch: Any) -> None:
     example = only(batch, TWO)
     assert [t.shape for t in example.args] == [X.shape, Y.shape]

@@ -248,3 +248,52 @@ def test_a_window_as_wide_as_there_are_channels_is_no_number_of_channels(pool: n
     model = seeded(make)
     slim = cut(model, noise(2, 3, 16, 16), params=0.6)
     assert type(slim.module) is nn.Sequential
+
+
+class Numbers(nn.Module):
+    """Numbers that equal sizes by chance and are none: what the user says with them stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.classes, self.split = 16, 16, 16
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x, size=(self.size, self.size))
+        x = torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3))
+        out: Tensor = self.c(x.view(-1, self.split))
+        return out
+
+
+def test_numbers_that_are_no_sizes_keep_their_values() -> None:
+    model = seeded(Numbers)
+    slim = cut(model, noise(2, 3, 16, 16), params=0.5)
+    assert isinstance(slim.module, Numbers)
+    width = slim.module.c.in_features
+    assert width < 16
+    assert (slim.module.size, slim.module.classes, slim.module.split) == (16, 16, width)
+    with torch.no_grad():
+        other = noise(2, 3, 24, 24)
+        torch.testing.assert_close(slim.module(other), slim.graph(other))
+
+
+class Scaled(nn.Module):
+    """What a class computes otherwise with other sizes stands behind a scale that hides it before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.last = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 3)
+        self.scale = nn.Parameter(torch.full((16,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.tanh(self.q(x))
+        out: Tensor = self.last(self.v(x) + self.scale * q * 4 / q.size(-1) ** 0.5)
+        return out
+
+
+def test_a_difference_behind_a_small_scale_is_seen() -> None:
+    slim = cut(seeded(Scaled), noise(4, 6), params=0.5)
+    assert slim.module is slim.graph
+    assert slim.plan.attributes_note is not None
+    assert "differs from the rewritten graph" in slim.plan.attributes_note
+    assert float(slim.state_dict()["scale"].max()) == pytest.approx(1e-6)

@@ -139,6 +139,11 @@ def test_near_ties_of_an_argmax_may_fall_to_either_side(size: int, flipped: int,
             run()
 
 
+def test_other_inputs_are_not_what_an_example_was_drawn_as() -> None:
+    tokens = torch.randint(0, 2, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert all(not torch.equal(case[0], tokens) for case in other_inputs((tokens,), (True,))[1:])
+
+
 def test_a_missing_output_fails() -> None:
     with pytest.raises(ParityError, match="has 1 outputs, the model 2"):
         check(
