@@ -183,6 +183,16 @@ def test_training_that_was_never_measured_has_a_table_and_no_picture() -> None:
     assert "All 3 phases" in page
 
 
+def test_a_metric_of_the_users_is_no_percentage() -> None:
+    report = trained_report()
+    assert report.training is not None
+    points = tuple(dataclasses.replace(p, accuracy=-1.632 if p.accuracy else None) for p in report.training.points)
+    training = dataclasses.replace(report.training, before=-1.5, points=points, metric="metric")
+    page = render_html(dataclasses.replace(report, training=training))
+    assert "-1.632" in page
+    assert "163.2" not in page
+
+
 def test_the_file_has_the_documented_form() -> None:
     data = full_report().to_dict()
     assert data["targets"]["flops"] == {"asked": 0.4, "got": 0.3999, "before": 4089184256, "after": 1635264000}

@@ -159,7 +159,8 @@ class TrainingPoint:
 class Training:
     """How a schedule trained and cut: its settings, what was fitted after every cut, and one point for each phase.
 
-    before: accuracy of the original on the validation data; null without any.
+    before: accuracy of the original on the validation data; null without any. metric: what is shown as accuracy, "top1"
+        or "metric" where it is the user's own.
     """
 
     schedule: str
@@ -168,6 +169,7 @@ class Training:
     settings: Mapping[str, str]
     mended: tuple[str, ...]
     points: tuple[TrainingPoint, ...]
+    metric: str = "top1"
 
 
 @dataclass(frozen=True)

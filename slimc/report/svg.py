@@ -11,7 +11,8 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from slimc.report.model import GroupRow, Latency, TrainingPoint
+from slimc.report.format import metric
+from slimc.report.model import GroupRow, Latency, Training
 
 COLUMNS_PER_STRIP = 50
 STRIP_HEIGHT = 96
@@ -101,12 +102,13 @@ def interval_scale(rows: Sequence[Latency]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def trajectory(points: Sequence[TrainingPoint], before: float | None) -> Markup:
+def trajectory(training: Training) -> Markup:
     """FLOPs left, falling to the right, against accuracy: a dot for every phase that was measured, in order.
 
-    before: the original's accuracy, as a dotted line.
+    The original's accuracy is a dotted line.
     """
-    seen = [(point, point.accuracy) for point in points if point.accuracy is not None]
+    before = training.before
+    seen = [(point, point.accuracy) for point in training.points if point.accuracy is not None]
     values = [accuracy for _, accuracy in seen] + ([] if before is None else [before])
     low, high = min(values), max(values)
     room = max(high - low, 0.01) * 0.1
@@ -118,8 +120,8 @@ def trajectory(points: Sequence[TrainingPoint], before: float | None) -> Markup:
     def y(accuracy: float) -> str:
         return f"{8 + (TRAJECTORY_HEIGHT - 16) * (high - accuracy) / (high - low):.1f}"
 
-    label = Markup('<text x="0" y="{}">{:.1f}%</text>')
-    parts = [label.format(y(value), 100 * value) for value in (low + room, high - room)]
+    label = Markup('<text x="0" y="{}">{}</text>')
+    parts = [label.format(y(value), metric(value, training.metric)) for value in (low + room, high - room)]
     if before is not None:
         line = '<line class="one" x1="8%" x2="96%" y1="{y}" y2="{y}"/>'
         parts.append(Markup(line).format(y=y(before)))
@@ -127,7 +129,8 @@ def trajectory(points: Sequence[TrainingPoint], before: float | None) -> Markup:
         line = '<line class="whisker" x1="{}" y1="{}" x2="{}" y2="{}"/>'
         parts.append(Markup(line).format(x(start.flops), y(first), x(end.flops), y(second)))
     for point, accuracy in seen:
-        told = f"{point.phase}: {100 * point.flops:.1f}% of the FLOPs, {100 * accuracy:.2f}%, {point.epochs:.3g} epochs"
+        shown = metric(accuracy, training.metric)
+        told = f"{point.phase}: {100 * point.flops:.1f}% of the FLOPs, {shown}, {point.epochs:.3g} epochs"
         kind = "last" if point is seen[-1][0] else "tuned" if point.phase == "finetune" else "phase"
         dot = '<circle class="{}" cx="{}" cy="{}" r="4"><title>{}</title></circle>'
         parts.append(Markup(dot).format(kind, x(point.flops), y(accuracy), told))

@@ -213,7 +213,9 @@ def _compressed(
         slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
     settings = {key: str(value) for key, value in options.settings.items()}
     before = run.accuracy_of(analysis.model)
-    training = Training(run.schedule.name, options.epochs, before, settings, run.mend, tuple(run.history))
+    training = Training(
+        run.schedule.name, options.epochs, before, settings, run.mend, tuple(run.history), run.metric_name
+    )
     accuracy = _accuracy(run, slim, test)
     slim.report = replace(slim.report, training=training, accuracy=accuracy, seconds=dict(run.stages.seconds))
     return slim
@@ -226,8 +228,7 @@ def _accuracy(run: Run, slim: Compressed, test: Iterable[Any] | None) -> Accurac
     before, after = values
     if before is None or after is None:
         return None
-    name = "top1" if run.metric is None else "metric"
-    return Accuracy(name, before, None, after, "validation" if test is None else "test")
+    return Accuracy(run.metric_name, before, None, after, "validation" if test is None else "test")
 
 
 @contextmanager

@@ -206,7 +206,7 @@ class Trainer:
         known = next((point.accuracy for point in reversed(run.history) if point.accuracy is not None), None)
         parts = [
             f"{self._phase.name}", f"{100 * run.share:.1f}% FLOPs",
-            "" if known is None else f"accuracy {100 * known:.2f}%",
+            "" if known is None else run.shown(known),
             "" if loop.loss is None else f"loss {loop.loss:.3f}", f"rate {loop.rate:.2g}",
         ]  # fmt: skip
         run.stages.live(", ".join(part for part in parts if part), self._epochs() / total)

@@ -21,6 +21,7 @@ from slimc.graph.stateless import modes_kept
 from slimc.random_state import OwnRandomState, kept_random_state, random_state, seed_all
 from slimc.recover import Task
 from slimc.report import TrainingPoint
+from slimc.report.format import metric
 from slimc.samples import Samples, affordable, batch_of, collect
 from slimc.scores import Loss
 
@@ -306,6 +307,15 @@ class Run:
         self._measured_at = self.spent
         return self.accuracy_of(self.network.module)
 
+    @property
+    def metric_name(self) -> str:
+        """What is shown as accuracy: "top1", or "metric" for the user's own."""
+        return "top1" if self.metric is None else "metric"
+
+    def shown(self, accuracy: float) -> str:
+        """An accuracy, or the user's metric, in words."""
+        return f"{'accuracy' if self.metric is None else 'metric'} {metric(accuracy, self.metric_name)}"
+
     def accuracy_of(self, module: nn.Module) -> float | None:
         """Validation accuracy of any module; None without validation data."""
         return None if self._val is None else self.accuracy_on(module, self._val)
@@ -355,7 +365,7 @@ class Run:
             loss = "" if point.loss is None else f", loss {point.loss:.3f}"
             self.stages.phase(
                 f"  {point.phase}: {point.epochs:.3g} of {self.options.epochs:g} epochs, "
-                f"{100 * point.flops:.1f}% of the FLOPs, accuracy {100 * point.accuracy:.2f}%{loss}"
+                f"{100 * point.flops:.1f}% of the FLOPs, {self.shown(point.accuracy)}{loss}"
             )
         if self.folder is not None and (phase.name == "finetune" or phase.epochs >= 1 or self.is_due()):
             self.save(None)
