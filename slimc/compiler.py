@@ -259,7 +259,7 @@ def build(
         rewritten = rewrite(types, cut)
         if wrong := shapes_agree(types, cut, rewritten):
             raise InternalError(f"the rewritten graph has a wrong shape at {wrong}; please report this with the model")
-        own = eager.build(analysis.model, types, cut, rewritten, captured.example)
+        own = eager.build(analysis.model, types, cut, rewritten, captured.example, is_apart=True)
         if own.module is not None:
             module: nn.Module = _with_modes(own.module, analysis.modes)
         else:

@@ -2,8 +2,10 @@
 
 Which attributes are sizes is not looked up by class. An integer attribute of a module is taken for a size where
 the graph shows that size shrinking in that module's own tensors, values or literals, and all of that evidence
-agrees; input and output evidence settle attributes that say which they are (`in_channels`, `out_features`). The
-module is accepted only if it then computes what the rewritten graph computes.
+agrees; input and output evidence settle attributes that say which they are (`in_channels`, `out_features`). In classes
+of the user's own an attribute keeps its value where the module computes the same with it. The module is accepted only
+if it then computes what the rewritten graph computes, also where parameters near zero (scales of layers that were not
+trained yet) are not.
 """
 
 from __future__ import annotations
@@ -50,24 +52,33 @@ class Eager:
     reason: str | None
 
 
-def build(model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten, example: Example) -> Eager:
-    """Make the user's class smaller; it shares memory with the rewritten graph until it is moved elsewhere."""
+def build(
+    model: nn.Module, types: Types, cut: Cut, rewritten: Rewritten, example: Example, *, is_apart: bool = False
+) -> Eager:
+    """Make the user's class smaller; it shares its tensors with the rewritten graph.
+
+    is_apart: the parameters are its own, over the same memory until it is moved elsewhere: `to` changes parameters in
+        place, and would move half of the graph along.
+    """
     tensors = {name: attribute(rewritten.module, name) for name in _names(types)}
-    # Parameters of its own: `to` changes them in place, and would move half of the graph along.
-    own = {id(t): nn.Parameter(t.detach(), t.requires_grad) for t in tensors.values() if isinstance(t, nn.Parameter)}
-    small = with_tensors(model, {name: own.get(id(tensor), tensor) for name, tensor in tensors.items()})
+    if is_apart:
+        own = {
+            id(t): nn.Parameter(t.detach(), t.requires_grad) for t in tensors.values() if isinstance(t, nn.Parameter)
+        }
+        tensors = {name: own.get(id(tensor), tensor) for name, tensor in tensors.items()}
+    small = with_tensors(model, tensors)
     attributes = _attributes(model, types, cut, rewritten)
     set_attributes(small, attributes)
     wanted = _expected(rewritten, example)
     reason = _difference(small, wanted, example)
     for key in _own_attributes(model, attributes)[:_MOST_TRIED]:  # what is no size keeps its value
-        fewer = _without(attributes, model, key)
-        set_attributes(small, _values(model, attributes))
+        tried, fewer = attributes, _without(attributes, model, key)
+        _put_back(small, model, tried)
         set_attributes(small, fewer)
         if _difference(small, wanted, example) is None:
             attributes, reason = fewer, None
-    set_attributes(small, _values(model, attributes))
-    set_attributes(small, attributes)
+        _put_back(small, model, tried)
+        set_attributes(small, attributes)
     if reason is None:
         with _hidden_shown(small):  # the graph shares its memory
             reason = _difference(small, _expected(rewritten, example), example)
@@ -88,9 +99,10 @@ def _without(attributes: Attributes, model: nn.Module, key: tuple[type[nn.Module
     return {path: own for path, own in kept.items() if own}
 
 
-def _values(model: nn.Module, attributes: Attributes) -> Attributes:
-    """What the attributes were."""
-    return {path: {name: vars(model.get_submodule(path))[name] for name in own} for path, own in attributes.items()}
+def _put_back(small: nn.Module, model: nn.Module, attributes: Attributes) -> None:
+    for path, own in attributes.items():
+        for name in own:
+            setattr(small.get_submodule(path), name, vars(model.get_submodule(path))[name])
 
 
 @contextlib.contextmanager

@@ -376,7 +376,7 @@ def test_outputs_that_are_matrices_of_samples_are_judged_in_batches_of_any_size(
 
 def test_half_precision_is_ranked_and_distilled_in_float32() -> None:
     data = noise(160, 3, 8, 8, seed=1)
-    wide = slimc.compress(seeded(Block), data[:2], flops=0.6, round_to=1, data=[data], recover="none", scorer="obs")
+    wide = slimc.compress(seeded(Block), data[:2], flops=0.6, round_to=1, data=[data], recover="distill", scorer="obs")
     half = data.bfloat16()
     model = seeded(Block).bfloat16()
     slim = slimc.compress(model, half[:2], flops=0.6, round_to=1, data=[half], recover="distill", scorer="obs")
