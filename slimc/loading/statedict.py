@@ -62,8 +62,8 @@ def is_state_dict(value: object) -> bool:
     """Whether a value maps names to tensors, perhaps with plain values and what modules save beside."""
     if not isinstance(value, Mapping) or not value:
         return False
-    tensors = sum(isinstance(part, Tensor) for part in value.values())
-    return 2 * tensors > len(value) and all(
+    tensors, plain = (sum(isinstance(part, kind) for part in value.values()) for kind in (Tensor, _PLAIN))
+    return tensors > plain and all(
         isinstance(name, str) and (isinstance(part, (Tensor, *_PLAIN)) or name.endswith("_extra_state"))
         for name, part in value.items()
     )
