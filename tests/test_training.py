@@ -464,3 +464,24 @@ def test_constants_in_forward_and_shared_weights_are_no_obstacle(name: str) -> N
     options: dict[str, Any] = {"params": 0.7, "round_to": 1, "epochs": 1, "data": pictures()}
     slim = slimc.schedule(name, Odd(), torch.randn(2, 3, 8, 8), **options).result
     assert slim.report.targets["params"].got <= 0.7
+
+
+class OneSize(nn.Module):
+    """Takes batches of two alone: it counts them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.relu(self.a(x))
+        return self.b(torch.stack([first, second]))  # type: ignore[no-any-return]
+
+
+def test_batches_of_another_size_than_the_models_are_refused_before_training() -> None:
+    batches = [(torch.randn(size, 6), torch.zeros(size, dtype=torch.int64)) for size in (4, 2)]
+    options: dict[str, Any] = {"flops": 0.6, "epochs": 1, "round_to": 1, "recover": "none"}
+    with pytest.raises(UsageError, match=r"does not take batch 1 of the training data, 4 samples .*batches of 2"):
+        _ = slimc.schedule("one-shot", OneSize(), batches[0][0][:2], data=batches, **options).result
+    run = slimc.schedule("one-shot", OneSize(), batches[1][0], data=batches[1:], **options)
+    assert run.result.report.macs.after < run.result.report.macs.before

@@ -141,9 +141,11 @@ def _check_data(
     parts = (("the training data", data, loss), ("the validation data", val, metric), ("the test data", test, metric))
     if isinstance(test, Iterator):
         raise UsageError("the test data can be read only once; give a DataLoader or a list of batches")
+    captured = analysis.captured
+    fixed = analysis.model if captured.dynamic_shapes is None else None
     for source, batches, own in parts:
         if batches is not None and not isinstance(batches, Iterator):
-            check_first(batches, analysis.captured.example, None if own else output_shape(analysis.types), source)
+            check_first(batches, captured.example, None if own else output_shape(analysis.types), source, fixed)
 
 
 def _trains_as_graph(

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
+from torch import nn
 
-from slimc.errors import UsageError
+from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
+from slimc.graph.stateless import buffers_kept, modes_kept
 from slimc.losses import check_labels
 from slimc.random_state import kept_random_state, seed_all, set_random_state
 from slimc.samples import Batch, batch_of, check_alike, check_finite
@@ -77,10 +79,13 @@ class Stream:
             next(self._batches, None)
 
 
-def check_first(data: Iterable[Any], like: Example, output: tuple[int, ...] | None, source: str) -> None:
+def check_first(
+    data: Iterable[Any], like: Example, output: tuple[int, ...] | None, source: str, fixed: nn.Module | None = None
+) -> None:
     """Look at the first batch before anything slow; UsageError where it does not fit the model.
 
     output: sizes of what labels are compared with; None where a loss or metric of the user's reads them.
+    fixed: a model that may take batches of the example's size only.
     """
     with kept_random_state():
         item = next(iter(data), None)
@@ -89,5 +94,18 @@ def check_first(data: Iterable[Any], like: Example, output: tuple[int, ...] | No
     batch = batch_of(item, like)
     check_alike(batch.example.tensors(), like.tensors())
     check_finite(batch, f"batch 1 of {source}")
+    if fixed is not None and batch.count != like.count:
+        _check_taken(fixed, batch, like, source)
     if output is not None:
         check_labels(batch.targets, batch.count, output, f"batch 1 of {source}")
+
+
+def _check_taken(model: nn.Module, batch: Batch, like: Example, source: str) -> None:
+    try:
+        with torch.no_grad(), modes_kept(model, training=False), buffers_kept(model), kept_random_state():
+            batch.example.run(model)
+    except Exception as error:  # of the user's own code
+        raise UsageError(
+            f"the model does not take batch 1 of {source}, {batch.count} samples ({first_line(error)}). Give batches "
+            f"of {like.count} as in the example, all of them (drop_last=True of a DataLoader)"
+        ) from error
