@@ -67,18 +67,21 @@ def build(
         }
         tensors = {name: own.get(id(tensor), tensor) for name, tensor in tensors.items()}
     small = with_tensors(model, tensors)
-    attributes = _attributes(model, types, cut, rewritten)
-    set_attributes(small, attributes)
-    wanted = _expected(rewritten, example)
+    found, wanted = _attributes(model, types, cut, rewritten), _expected(rewritten, example)
+
+    def give(chosen: Attributes) -> None:
+        for path, own in found.items():
+            for name in own:
+                setattr(small.get_submodule(path), name, vars(model.get_submodule(path))[name])
+        set_attributes(small, chosen)
+
+    give(attributes := found)
     reason = _difference(small, wanted, example)
-    for key in _own_attributes(model, attributes)[:_MOST_TRIED]:  # what is no size keeps its value
-        tried, fewer = attributes, _without(attributes, model, key)
-        _put_back(small, model, tried)
-        set_attributes(small, fewer)
+    for key in _own_attributes(model, found)[:_MOST_TRIED]:  # what is no size keeps its value
+        give(fewer := _without(attributes, model, key))
         if _difference(small, wanted, example) is None:
             attributes, reason = fewer, None
-        _put_back(small, model, tried)
-        set_attributes(small, attributes)
+    give(attributes)
     if reason is None:
         with _hidden_shown(small):  # the graph shares its memory
             wanted = _expected(rewritten, example)
@@ -99,12 +102,6 @@ def _without(attributes: Attributes, model: nn.Module, key: tuple[type[nn.Module
         for path, own in attributes.items()
     }
     return {path: own for path, own in kept.items() if own}
-
-
-def _put_back(small: nn.Module, model: nn.Module, attributes: Attributes) -> None:
-    for path, own in attributes.items():
-        for name in own:
-            setattr(small.get_submodule(path), name, vars(model.get_submodule(path))[name])
 
 
 @contextlib.contextmanager

@@ -25,10 +25,8 @@ from slimc.scores import Scores, Subject, scorer
 def gate(subject: Subject) -> list[Scores]:
     """The mean over batches (by sample) of the sum over writers of |phi dL/dphi| (additive lift)."""
     sites = writers(subject.types)
-    total, count = (
-        torch.zeros((1, subject.types.solution.variables + 1), dtype=torch.float64),
-        batches_of(subject).count,
-    )
+    count = batches_of(subject).count
+    total = torch.zeros((1, subject.types.solution.variables + 1), dtype=torch.float64)
     for found in gate_gradients(subject, sites):
         for site, own in zip(sites, found.values, strict=True):
             # A writer may hold a channel at several indices, which share its gate.
