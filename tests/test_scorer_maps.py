@@ -9,6 +9,7 @@ from scoring import analysed, build, labelled, pictures, run, score
 from torch import Tensor, nn
 
 from slimc.errors import UsageError
+from slimc.scorers import chip
 from slimc.scorers.chip import independence
 
 
@@ -180,6 +181,38 @@ def test_chip_against_maps_of_an_eager_module() -> None:
             maps = torch.relu(model.bn1(model.a(y))).flatten(2)  # type: ignore[operator]
         total += torch.stack([brute_force(own, 1) for own in maps]).sum(0)
     np.testing.assert_allclose(run("chip", "resnet")[1], total.numpy() / 12, rtol=1e-6, atol=1e-7)
+
+
+def falls_of_the_stream(part: slice) -> tuple[Tensor, Tensor]:
+    """Of the small ResNet's stream, by sample: at the block's first convolution and in front of the pooling."""
+    model, found = build("resnet"), []
+    with torch.no_grad():
+        for x, _ in labelled():
+            y = torch.relu(model.bn0(model.stem(x)))  # type: ignore[operator]
+            z = torch.relu(y + model.bn2(model.b(torch.relu(model.bn1(model.a(y))))))  # type: ignore[operator]
+            found.append((y.flatten(2), z.flatten(2)))
+    return tuple(  # type: ignore[return-value]
+        torch.stack([brute_force(own, 1) / torch.linalg.matrix_norm(own, "nuc") for own in torch.cat(values)[part]])
+        for values in zip(*found, strict=True)
+    )
+
+
+def test_chip_sums_the_values_of_a_group_relative_to_their_norm() -> None:
+    first, last = falls_of_the_stream(slice(None))
+    np.testing.assert_allclose(run("chip", "resnet")[0], (first.mean(0) + last.mean(0)).numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_chip_looks_at_a_part_of_the_samples_where_all_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chip, "_AT_LEAST", 0.0)
+    monkeypatch.setattr(chip, "_SHARE", 1e-3)
+    monkeypatch.setattr(chip, "_FEWEST", 8)
+    own = score("chip", build("resnet"), labelled())
+    # 12 samples; the stream has two values, of which each is looked at in every third sample, in different ones.
+    first, last = falls_of_the_stream(slice(0, None, 3))[0], falls_of_the_stream(slice(1, None, 3))[1]
+    wanted = (first.mean(0) + last.mean(0)).numpy()
+    np.testing.assert_allclose(own["stem.weight"], wanted, rtol=1e-6, atol=1e-7)
+    # Of the other group there are not twice as many matrices as it must have: all count.
+    np.testing.assert_allclose(own["a.weight"], run("chip", "resnet")[1], rtol=1e-6, atol=1e-7)
 
 
 def test_chip_without_maps_is_refused_with_the_groups() -> None:

@@ -7,15 +7,18 @@ matrix of flattened maps less that of the matrix with the channel's rows set to 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from slimc.activations import Place, See, watch
+from slimc.activations import Place, watch
 from slimc.errors import UsageError
 from slimc.gradients import batch_axis
+from slimc.graph.cost import Model
 from slimc.graph.groups import Group
 from slimc.graph.terms import Terms
 from slimc.roles import Site, readers
@@ -27,6 +30,52 @@ _NODES = torch.arange(-52.0, 52.0, _STEP, dtype=torch.float64)
 _SMALL = 1e-4
 _BLOCK = 2**21
 _ROUNDING, _TINY = 1e-15, 1e-300
+_SHARE = 0.3
+"""Decompositions may take this share of the forward passes' work ..."""
+_AT_LEAST = 2e11
+"""... and so many multiply-accumulates anyway, which is a few seconds."""
+_FEWEST = 32
+"""Matrices of each group that are decomposed however long it takes; all, where there are no more samples."""
+
+
+@dataclass
+class _Tap:
+    """A value whose maps are looked at, of every so many samples from the `first` on.
+
+    rows: by group number, [width, each] the rows of each channel. falls: summed over the samples that were seen, by
+    group number, as they are and divided by the norm.
+    """
+
+    site: Site
+    rows: dict[int, Terms]
+    samples_at: int
+    first: int = 0
+    every: int = 1
+    passed: int = 0
+    seen: int = 0
+    falls: dict[int, tuple[Scores, Scores]] = field(default_factory=dict)
+
+    def see(self, value: Tensor, batch: Batch) -> None:
+        """Add what the maps of one batch say."""
+        maps = _maps(value, self.site.axis, batch.count, self.samples_at)
+        chosen = maps[(self.first - self.passed) % self.every :: self.every]
+        self.passed += len(maps)
+        self.seen += len(chosen)
+        for group, index in self.rows.items():
+            width, each = index.shape
+            own, relative = self.falls.setdefault(group, (np.zeros(width), np.zeros(width)))
+            for sample in chosen:
+                fall, norm = independence(sample[index.reshape(-1)].double(), each)
+                own += fall.cpu().numpy()
+                relative += (fall / norm.clamp_min(torch.finfo(torch.float64).tiny)).cpu().numpy()
+
+    def work(self, positions: int) -> float:
+        """About what one sample's decompositions take, in multiply-accumulates of a convolution."""
+        found = 0.0
+        for index in self.rows.values():
+            side = min(index.size, positions)
+            found += 16.0 * side**3 + 4.0 * side * index.size * positions
+        return found
 
 
 @scorer(
@@ -35,50 +84,58 @@ _ROUNDING, _TINY = 1e-15, 1e-300
 def chip(subject: Subject) -> list[Scores]:
     """The mean over samples of ||A||_* - ||A without channel i||_*, A [channels, positions] as a reader sees it.
 
-    Where several values carry a group, each fall is divided by ||A||_* and they are summed. Groups whose values have
-    one position only have no maps and no score. Raises UsageError where that is so for all.
+    Where several values carry a group, each fall is divided by ||A||_* and they are summed. Where the decompositions
+    of all samples would take much longer than the passes, each value is looked at in every n-th sample, the values of
+    a group in different ones. Groups whose values have one position only have no maps and no score. Raises UsageError
+    where that is so for all.
     """
-    taps = {(s.operand, s.axis): s for s in (_map(subject, site) for site in readers(subject.types)) if s is not None}
-    number = {variable: group.number for group in subject.grouping.groups for variable in group.variables.tolist()}
-    sums: dict[tuple[int, Place], Scores] = {}
-    falls: dict[tuple[int, Place], Scores] = {}
-
-    def looking(site: Site) -> See:
-        assert site.operand is not None
-        place, rows_at = (site.node, site.operand), batch_axis(subject.types, site) or 0
-        held = {number[v] for v in np.unique(site.factors[site.factors >= 0]).tolist() if v in number}
-        rows = {n: _rows(subject.grouping.groups[n], site) for n in sorted(held)}
-
-        def see(value: Tensor, batch: Batch) -> None:
-            maps = _maps(value, site.axis, batch.count, rows_at)
-            for group, index in rows.items():
-                width, each = index.shape
-                own, relative = np.zeros(width), np.zeros(width)
-                for sample in maps:
-                    fall, norm = independence(sample[index.reshape(-1)].double(), each)
-                    own += fall.cpu().numpy()
-                    relative += (fall / norm.clamp_min(torch.finfo(torch.float64).tiny)).cpu().numpy()
-                key = (group, place)
-                sums[key] = sums.get(key, 0.0) + own
-                falls[key] = falls.get(key, 0.0) + relative
-
-        return see
-
-    places: dict[Place, See] = {(s.node, s.operand): looking(s) for s in taps.values() if s.operand is not None}
-    if not places:
+    taps = _taps(subject)
+    if not taps:
         names = ", ".join(group.name for group in subject.grouping.groups)
         raise UsageError(
             f"--scorer chip compares feature maps, and the values of these groups have one position only: {names}. "
             "Take another scorer, such as magnitude."
         )
-    watch(subject, places)
-    assert subject.samples is not None
+    if subject.samples is not None:
+        _spread(taps, subject, subject.samples.count)
+    watch(subject, {place: tap.see for place, tap in taps.items()})
     scores = []
     for group in subject.grouping.groups:
-        keys = [key for key in sums if key[0] == group.number]
-        found = [sums[keys[0]]] if len(keys) == 1 else [falls[key] for key in keys]
-        scores.append(np.sum(found, axis=0) / subject.samples.count if found else np.full(group.width, np.nan))
+        own = [tap for tap in taps.values() if group.number in tap.rows]
+        found = [tap.falls[group.number][len(own) > 1] / tap.seen for tap in own]
+        scores.append(np.sum(found, axis=0) if found else np.full(group.width, np.nan))
     return scores
+
+
+def _taps(subject: Subject) -> dict[Place, _Tap]:
+    """Each value that is read, at one of its readers."""
+    sites = {(s.operand, s.axis): s for s in (_map(subject, site) for site in readers(subject.types)) if s is not None}
+    number = {variable: group.number for group in subject.grouping.groups for variable in group.variables.tolist()}
+    found: dict[Place, _Tap] = {}
+    for site in sites.values():
+        assert site.operand is not None
+        held = {number[v] for v in np.unique(site.factors[site.factors >= 0]).tolist() if v in number}
+        rows = {n: _rows(subject.grouping.groups[n], site) for n in sorted(held)}
+        found[site.node, site.operand] = _Tap(site, rows, batch_axis(subject.types, site) or 0)
+    return found
+
+
+def _spread(taps: dict[Place, _Tap], subject: Subject, samples: int) -> None:
+    """Choose the samples of each tap, so that decompositions take a share of the passes' work."""
+    batch = subject.types.captured.batch
+    work = 0.0
+    for (_, operand), tap in taps.items():
+        axes = subject.types.values[operand]
+        work += tap.work(math.prod(len(axis) for at, axis in enumerate(axes) if at != tap.site.axis) // batch)
+    passes = Model(subject.types, subject.grouping)(subject.grouping.widths).macs
+    every = math.ceil(work / max(_SHARE * passes, _AT_LEAST / samples))
+    among = Counter(group for tap in taps.values() for group in tap.rows)
+    turn = Counter[int]()
+    for tap in taps.values():
+        most = min((samples * among[group] // _FEWEST for group in tap.rows), default=1)
+        tap.every = max(1, min(every, most, samples))
+        tap.first = max((turn[group] for group in tap.rows), default=0) % tap.every
+        turn.update(tap.rows.keys())
 
 
 def independence(maps: Tensor, each: int = 1) -> tuple[Tensor, Tensor]:
