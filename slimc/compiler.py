@@ -164,7 +164,7 @@ def compress(
     slim = build(analysis, chosen.cut, facts, results, described, stages, warnings, name)
     slim.report = replace(slim.report, selection=chosen.selection)
     if steps and calibration:
-        slim.fit(steps, calibration, extra)
+        slim.fit(steps, calibration, extra, in_order=wanted != ("auto",))
     return slim
 
 
@@ -209,7 +209,8 @@ def apply(
     steps = recovery.possible(wanted, calibration)
     slim = build(analysis, cut, facts, {}, chosen, stages, [UNFITTED] if wanted and not calibration else [], name)
     if calibration and steps:
-        slim.fit(steps, calibration, _beside(analysis, data, calibration, seed, stages))
+        extra = _beside(analysis, data, calibration, seed, stages)
+        slim.fit(steps, calibration, extra, in_order=wanted != ("auto",))
     return slim
 
 

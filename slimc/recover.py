@@ -4,7 +4,7 @@ A step is one file in `recovery/`. It changes the tensors of the slim graph in p
 and says in one line what it did. Samples are set aside to judge by: a step that brings the slim model's outputs no
 nearer to the original's on these is undone. So is one after which classes are told less like the original tells them,
 by more than chance among these samples: outputs can come nearer on the whole where the largest ones, which choose the
-class, go astray.
+class, go astray. Where the user names no steps, their order is chosen on these samples too.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def step(name: str, summary: str, source: str) -> Callable[[Run], Run]:
     return register
 
 
-AUTO = ("reconstruct", "bn", "distill")
-"""What `--recover auto` tries, in order; each is kept only where it helps."""
+_LAST = "distill"
+AUTO = ("reconstruct", "bn", _LAST)
+"""What `--recover auto` tries, in the order that helps most; each is kept only where it helps."""
 
 
 FINETUNE = "finetune"
@@ -212,17 +213,48 @@ def outputs(module: GraphModule, example: Example) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
-def attempt(task: Task, name: str, judge: Judge) -> Outcome:
-    """Run a step; it is undone if the outputs are then further from the original's, or the classes are."""
+def run(
+    task: Task, steps: Sequence[str], judge: Judge, tell: Callable[[str], None], in_order: bool
+) -> Iterator[tuple[str, Outcome]]:
+    """Run the steps and give what each did; the slim graph is left with what those that are kept did.
+
+    in_order: one after the other. Else, as long as one helps, the one that brings the outputs nearest is next, so that
+    what does not help at first can do so later; distillation, which starts best from what the others leave, comes last.
+    tell: called with a step's name before it is run.
+    """
+    waiting = [] if in_order else [name for name in steps if name != _LAST]
+    while waiting:
+        tried = {name: _try(task, name, judge, tell) for name in waiting}
+        helped = [name for name, (outcome, _) in tried.items() if outcome.kept and outcome.after < outcome.before]
+        if not helped:
+            yield from ((name, outcome) for name, (outcome, _) in tried.items())
+            break
+        best = min(helped, key=lambda name: tried[name][0].after)
+        outcome, fitted = tried[best]
+        task.slim.load_state_dict(fitted)
+        waiting.remove(best)
+        yield best, outcome
+    for name in steps if in_order else [name for name in steps if name == _LAST]:
+        outcome, fitted = _try(task, name, judge, tell)
+        if outcome.kept:
+            task.slim.load_state_dict(fitted)
+        yield name, outcome
+
+
+def _try(task: Task, name: str, judge: Judge, tell: Callable[[str], None]) -> tuple[Outcome, dict[str, Tensor]]:
+    """What a step does, and the tensors that it leaves; they are put back.
+
+    It is not to be kept if the outputs are then further from the original's, or the classes are.
+    """
+    tell(name)
     found = find(name)
     before = judge.verdict(task.slim)
     with restored_on_error(task.slim) as saved:
         detail = found.run(task)
         after = judge.verdict(task.slim)
-    kept = after.no_worse(before)
-    if not kept:
+        fitted = {key: tensor.clone() for key, tensor in task.slim.state_dict().items()}
         task.slim.load_state_dict(saved)
-    return Outcome(detail, before.distance, after.distance, kept)
+    return Outcome(detail, before.distance, after.distance, after.no_worse(before)), fitted
 
 
 @contextmanager

@@ -116,19 +116,20 @@ class Compressed:
         if self.module is not self.graph:
             _copy_tensors(self.graph, self.module)
 
-    def fit(self, steps: Sequence[str], samples: Samples, extra: Sequence[Samples] = ()) -> None:
+    def fit(
+        self, steps: Sequence[str], samples: Samples, extra: Sequence[Samples] = (), *, in_order: bool = True
+    ) -> None:
         """Run recovery steps on most of the samples; each is undone unless it brings the outputs nearer on the rest.
 
-        extra: made up, to fit on as well, never to judge by.
+        extra: made up, to fit on as well, never to judge by. in_order: as the steps are given; else their order is
+        chosen on the rest too.
         """
         fitted, judged = recover.set_aside(samples)
         fitted = fitted.with_more(extra)
         self.synchronise()
         with self.stages.stage("recover"), modes_kept(self.graph, training=False):
             judge = recover.Judge(self.analysis.captured.module, judged)
-            for name in steps:
-                self.stages.detail(name)
-                outcome = recover.attempt(self._task(fitted), name, judge)
+            for name, outcome in recover.run(self._task(fitted), steps, judge, self.stages.detail, in_order):
                 self.note_recovery(name, outcome.detail, outcome.before, outcome.after, outcome.kept)
             agreement = judge.verdict(self.graph).agreement
         seen = Calibration(fitted.source, fitted.count, judged.count, agreement)
