@@ -43,6 +43,13 @@ class Reader:
         """The operator's name."""
         return operator_name(self.node)
 
+    def pads(self, size: Sequence[int]) -> bool:
+        """Whether places at the borders see fewer inputs than those in the middle. size: of the kernel."""
+        if self.kind in _TRANSPOSED:
+            return max(size) > 1
+        call = arguments(self.node)
+        return self.kind in _CONVOLUTIONS and any(_padding(call["padding"], size, _each(call["dilation"], len(size))))
+
     def matrix(self, module: GraphModule) -> Tensor:
         """The weight as [groups, outputs, inputs], inputs in the order of `rows`."""
         weight: Tensor = attribute(module, self.weight).detach()

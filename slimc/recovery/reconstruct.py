@@ -49,12 +49,14 @@ class Layer:
 
     matrix: [groups, outputs, inputs] its weights now, float64. each: inputs that belong to one channel (the kernel's
     positions). importance: [groups, outputs] how much each output's error counts. offset: whether there is a bias.
+    pads: whether places at the borders of its output see fewer inputs.
     """
 
     matrix: Tensor
     each: int
     importance: Tensor
     offset: bool
+    pads: bool
 
 
 Choose = Callable[[Moments, Moments, Layer], Fit]
@@ -128,7 +130,7 @@ def _fit(
     importance = tail.gain.square().to(wide).reshape(groups, outputs)
     shape = attribute(task.slim, reader.weight).shape
     each = math.prod(shape[2:]) if reader.kind.startswith("conv") else 1
-    fit = choose(*gathered, Layer(matrix.to(wide), each, importance, tail.offset is not None))
+    fit = choose(*gathered, Layer(matrix.to(wide), each, importance, tail.offset is not None, reader.pads(shape[2:])))
     if fit.change is None and not bool(fit.offset.any()):
         return False
     if fit.change is not None:
