@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import io
 import itertools
 import keyword
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,10 +110,28 @@ def program_of(module: GraphModule, captured: Captured) -> torch.export.Exported
 def _export(model: nn.Module, example: Example, spec: Any | None) -> torch.export.ExportedProgram:
     if isinstance(spec, tuple) and (rest := _first_rest(model)) is not None:
         spec = (*spec[:rest], tuple(spec[rest:]))  # those that *args takes are one argument to torch.export
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet():
         # Recurrent layers list their weights anew, and buffers that forward replaces are put back by us.
         warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
         return torch.export.export(model, example.args, example.kwargs or None, dynamic_shapes=spec, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back the graphs that torch.export prints where it fails; their error says what matters.
+
+    Not for those who ask for torch's logs.
+    """
+    if "TORCH_LOGS" in os.environ:
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any | None) -> Captured:

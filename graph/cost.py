@@ -2,10 +2,11 @@
 
 Counting conventions: one MAC is one multiply-accumulate of a convolution, linear layer, matrix product,
 attention or recurrence (a FLOP counter that counts additions apart gives twice as many); additions of biases,
-normalisations, activations and pooling are not counted. All costs are per sample. Activation memory is the
-largest sum of bytes of values that are alive at one moment when operators run one by one; views share the
-storage of what they view. Time is none of them: it is shared out among operators from what was measured (`Times`),
-and falls in step with each operator's multiply-accumulates, and with the sizes of all values, down to what is fixed.
+normalisations, activations and pooling are not counted, nor is what the output does not depend on. All costs are per
+sample. Activation memory is the largest sum of bytes of values that are alive at one moment when operators run one by
+one; views share the storage of what they view. Time is none of them: it is shared out among operators from what was
+measured (`Times`), and falls in step with each operator's multiply-accumulates, and with the sizes of all values, down
+to what is fixed.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def _lifetimes(types: Types, number: dict[int, int], constant: set[Node]) -> tup
         for source in node.all_input_nodes:
             if (owner := base.get(source)) is not None and owner in birth:
                 death[owner] = step
-        if node.op in ("get_attr", "output") or types.values.get(node) is None:
+        if node.op in ("get_attr", "output") or node in types.unused or types.values.get(node) is None:
             continue
         base[node] = _storage(node, base)
         if base[node] is not node:

@@ -19,7 +19,7 @@ from . import rule
 from .capture import Captured
 from .rule import Axes, Value, operator_name
 from .terms import Cause, Solution, Store, Terms
-from .unread import keep_unread
+from .unread import keep_unread, keep_unused, unused
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Types:
     renormalising: axes over which statistics are taken, with the node that takes them.
     macs: multiply-accumulates of the example batch; an operator may have several products.
     unknown: operators without a rule, each once per node.
+    unused: nodes that the output does not depend on.
     """
 
     captured: Captured
@@ -59,6 +60,7 @@ class Types:
     unknown: tuple[Cause, ...]
     store: Store
     solution: Solution
+    unused: frozenset[Node]
 
     def first(self, name: str) -> str:
         """The name in `tensors` of the tensor that has this name, which may be one of several."""
@@ -77,6 +79,9 @@ def infer(captured: Captured) -> Types:
     for node in nodes:
         walk.visit(node)
     keep_unread(walk)
+    solution = walk.store.solve()
+    if keep_unused(walk, solution):
+        solution = walk.store.solve()
     return Types(
         captured,
         {node: walk.value(node) for node in nodes},
@@ -87,7 +92,8 @@ def infer(captured: Captured) -> Types:
         tuple(walk.macs),
         tuple(walk.unknown),
         walk.store,
-        walk.store.solve(),
+        solution,
+        walk.unused,
     )
 
 
@@ -116,6 +122,7 @@ class Inference:
         self.renormalising: list[tuple[Node, Terms]] = []
         self.macs: list[Product] = []
         self.unknown: list[Cause] = []
+        self.unused = unused(captured.module.graph)
 
     # -- what rules ask -------------------------------------------------------------------------------
 
@@ -229,7 +236,7 @@ class Inference:
         if function is None:
             return self.leave(node, "no rule for this operator: its channels are left alone, its work is not counted")
         value = self._values[node] = function(self, node)
-        if name in rule.COUNT:
+        if name in rule.COUNT and node not in self.unused:
             self.macs.extend(Product(c, tuple(axes), node) for c, axes in rule.COUNT[name](self, node))
         return value
 

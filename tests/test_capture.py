@@ -184,3 +184,29 @@ def test_names_that_graphs_have_themselves_end_in_no_internal_error(name: str) -
 
     with pytest.raises(CaptureError, match="Reserved cannot be captured"):
         capture(Reserved(), torch.randn(2, 4))
+
+
+class Steered(nn.Module):
+    """Branches on what its data is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        return y * 2 if y.sum() > 0 else y
+
+
+def test_data_that_steers_is_refused_with_its_line_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match=r"Steered cannot be captured in .*test_capture\.py:\d+: .*data of a tensor"):
+        capture(Steered(), torch.randn(2, 4))
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+
+
+def test_who_asks_for_torchs_logs_gets_them(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TORCH_LOGS", "export")
+    with pytest.raises(CaptureError):
+        capture(Steered(), torch.randn(2, 4))
+    assert "def forward" in capfd.readouterr().err
