@@ -21,7 +21,7 @@ from torch.nn import functional
 from slimc.datasets import fashion_mnist
 from slimc.demo import ResidualBlock
 from slimc.onednn import Guard
-from slimc.training.loop import computes_in_bfloat16
+from slimc.training.precision import computes_in_bfloat16
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 EPOCHS = {"resnet20": 10, "resnet56": 10, "vgg11_bn": 5, "vgg16_bn": 3, "vit": 8}

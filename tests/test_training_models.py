@@ -13,6 +13,7 @@ import slimc
 from slimc.errors import UsageError
 from slimc.graph.example import Example
 from slimc.samples import Batch
+from slimc.training import precision as precisions
 from slimc.training.layout import layout
 from slimc.training.loop import evaluate
 from slimc.training.recipe import Recipe
@@ -161,3 +162,42 @@ def test_batches_of_another_size_than_the_models_are_refused_before_training() -
         _ = slimc.schedule("one-shot", OneSize(), batches[0][0][:2], data=batches, **options).result
     run = slimc.schedule("one-shot", OneSize(), batches[1][0], data=batches[1:], **options)
     assert run.result.report.macs.after < run.result.report.macs.before
+
+
+def test_a_later_batch_of_another_size_is_refused_with_the_sizes_that_went_well() -> None:
+    batches = [(torch.randn(size, 6), torch.zeros(size, dtype=torch.int64)) for size in (2, 2, 1)]
+    run = slimc.schedule("one-shot", OneSize(), batches[0][0], data=batches, flops=0.6, epochs=1, round_to=1)
+    with pytest.raises(
+        UsageError, match=r"does not take batch 3 of the training data, 1 samples .*took batches of 2\."
+    ):
+        _ = run.result
+
+
+class Gathering(nn.Module):
+    """Adds rows up, which takes operands of one type only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("where", torch.tensor([0, 1, 1, 0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.relu(self.a(x)).movedim(1, 0)
+        found = torch.zeros(2, *rows.shape[1:]).index_add(0, self.where, rows)  # type: ignore[arg-type]
+        return self.b(found.mean(0))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_a_model_that_does_not_run_in_bfloat16_trains_in_float32_unless_asked(
+    precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precisions, "computes_in_bfloat16", lambda kind: True)
+    batches = [(torch.randn(4, 4, 6), torch.zeros(4, dtype=torch.int64))]
+    options: dict[str, Any] = {"flops": 0.6, "epochs": 1, "round_to": 1, "recover": "none"}
+    options["recipe"] = Recipe(precision=precision)
+    if precision == "bfloat16":
+        with pytest.raises(UsageError, match=r"does not run in bfloat16 .*leave precision= out"):
+            slimc.schedule("one-shot", Gathering(), batches[0][0], data=batches, **options)
+        return
+    run = slimc.schedule("one-shot", Gathering(), batches[0][0], data=batches, **options)
+    assert any("trained in float32" in note for note in run.result.report.warnings)

@@ -29,6 +29,7 @@ from .folder import RunFolder
 from .loop import Metric
 from .network import Network
 from .options import Options
+from .precision import settled
 from .recipe import Recipe
 from .run import Run
 from .stream import check_first
@@ -116,9 +117,10 @@ def schedule(
         "epochs": epochs, "settings": own, "scorer": scorer, "recover": list(mend), "round_to": str(round_to),
         "seed": seed, "recipe": vars(recipe or Recipe()), "ignore": list(ignore), "data": data_name,
     }  # fmt: skip
-    options = Options(
-        limits, epochs, recipe or Recipe(), scorer, alignment, round_to == "auto", mend, ignored, seed, own, as_graph
-    )
+    taken = settled(recipe or Recipe(), analysis.model, analysis.captured.example)
+    if taken != (recipe or Recipe()):
+        notes.append("trained in float32: the model does not run in bfloat16")
+    options = Options(limits, epochs, taken, scorer, alignment, round_to == "auto", mend, ignored, seed, own, as_graph)
 
     def finish(run: Run) -> Compressed:
         return _compressed(run, model, targets, model_name, test, notes)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from slimc.errors import UsageError
+from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
 from slimc.graph.stateless import modes_kept
 from slimc.losses import check_labels, first_output, scalar
@@ -26,6 +24,7 @@ from slimc.scores import Loss
 from . import workers
 from .features import Features
 from .layout import layout
+from .precision import autocast, widened
 from .recipe import Recipe, build, factor
 from .stream import Stream
 
@@ -90,6 +89,7 @@ class Loop:
             self.average = AveragedModel(module, multi_avg_fn=_averaging(recipe.average), use_buffers=True)
         self.done = 0
         self.total, self.seen = 0.0, 0.0
+        self._taken: set[int] = set()  # sizes of batches that the model ran on
         self._worker = _distributed(module)
 
     @property
@@ -139,12 +139,22 @@ class Loop:
     def _value(self, batch: Batch) -> Tensor:
         example = layout(batch, self.module)
         with autocast(self.recipe, self.module):
-            with Guard():
-                outputs = example.example.run(self._worker)
+            try:
+                with Guard():
+                    outputs = example.example.run(self._worker)
+            except Exception as error:  # of the user's model
+                if self._taken.issubset({batch.count}):
+                    raise
+                sizes = ", ".join(map(str, sorted(self._taken)))
+                raise UsageError(
+                    f"the model does not take {self._place}, {batch.count} samples ({first_line(error)}), but took "
+                    f"batches of {sizes}. Give batches of these sizes only (drop_last=True of a DataLoader)"
+                ) from error
             wanted = None
             if self._teacher is not None:
                 with torch.no_grad():
                     wanted = batch.example.run(self._teacher)
+        self._taken.add(batch.count)
         value = self._of_outputs(widened(outputs), wanted, batch)
         return value if self._hooks.extra is None else value + self._hooks.extra(batch.targets)
 
@@ -261,36 +271,6 @@ def _distributed(module: nn.Module) -> nn.Module:
     first = next(module.parameters())
     devices = [first.device.index] if first.is_cuda else None
     return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
-
-
-@functools.cache
-def computes_in_bfloat16(kind: str) -> bool:
-    """Whether a device multiplies bfloat16 numbers faster than float32."""
-    if kind == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    flags = torch.backends.cpu.get_cpu_capability()
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return flags.startswith("AVX512") and any(bool(ask()) for ask in known if ask is not None)
-
-
-@contextlib.contextmanager
-def autocast(recipe: Recipe, module: nn.Module) -> Iterator[None]:
-    """bfloat16 where the recipe and the device have it, and the model is in float32."""
-    first = next((p for p in module.parameters() if p.is_floating_point()), None)
-    kind = "cpu" if first is None else first.device.type
-    wanted = recipe.precision == "bfloat16" or (recipe.precision == "auto" and computes_in_bfloat16(kind))
-    if not wanted or (first is not None and first.dtype != torch.float32):
-        yield
-        return
-    with torch.autocast(kind, torch.bfloat16):
-        yield
-
-
-def widened(outputs: Any) -> Any:
-    """Outputs of an autocast model in float32, for the loss."""
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
 
 
 @torch.no_grad()
