@@ -77,13 +77,13 @@ class Readable:
     """A loader of the user's that can be read again and again; errors in it are the user's."""
 
     def __init__(self, batches: Iterable[Any], where: str) -> None:
-        self._batches, self._where = batches, where
+        self.batches, self.where = batches, where
 
     def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]  # TypeError where it does not say
+        return len(self.batches)  # type: ignore[arg-type]  # TypeError where it does not say
 
     def __iter__(self) -> Iterator[Any]:
-        return _read(self._batches, self._where)
+        return _read(self.batches, self.where)
 
 
 def _read(batches: Iterable[Any], where: str) -> Iterator[Any]:

@@ -10,12 +10,16 @@ import numpy as np
 import torch
 
 
-def seed_all(seed: int, epoch: int) -> None:
-    """Seed torch, numpy and Python from two numbers."""
+def seed_all(seed: int, epoch: int, loader: Any = None) -> None:
+    """Seed torch, numpy and Python from two numbers, and the generators that a DataLoader and its samplers have."""
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     torch.manual_seed(mixed)
     np.random.seed(mixed)
     random.seed(mixed)
+    batches = getattr(loader, "batch_sampler", None)
+    for owner in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+            generator.manual_seed(mixed)
 
 
 class kept_random_state(contextlib.ContextDecorator):

@@ -14,7 +14,7 @@ from slimc.errors import UsageError
 from slimc.graph.example import Example
 from slimc.samples import Batch
 from slimc.training import precision as precisions
-from slimc.training.layout import layout
+from slimc.training.layout import arrange, layout
 from slimc.training.loop import evaluate
 from slimc.training.recipe import Recipe
 
@@ -62,6 +62,7 @@ def test_a_layout_is_tried_without_a_trace() -> None:
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     batch = Batch(Example.of(torch.randn(4, 3, 8, 8)), None)
     random = torch.get_rng_state()
+    arrange(model)
     assert layout(batch, model) is batch
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
@@ -95,8 +96,13 @@ def test_what_would_fail_after_training_is_refused_before() -> None:
 
 
 def test_a_run_that_ended_in_an_error_has_no_result() -> None:
+    calls: list[int] = []
+
     def broken(outputs: Any, targets: Any) -> torch.Tensor:
-        raise RuntimeError("broken")
+        calls.append(1)
+        if len(calls) > 1:  # the first one looks whether it works at all
+            raise RuntimeError("broken")
+        return torch.zeros(())
 
     run = slimc.schedule(
         "one-shot", Flattening(), torch.randn(2, 3, 8, 8), flops=0.6, epochs=1, data=pictures(), loss=broken

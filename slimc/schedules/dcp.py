@@ -49,6 +49,13 @@ def dcp(run: Run, *, heads: int = 3, warmup: float = 0.3) -> Iterator[Phase]:
     shape = output_shape(run.analysis.types)
     if len(shape) != 2:
         raise UsageError(f"--schedule dcp needs outputs of shape [N, classes], and these are {list(shape)}")
+    outputs = run.analysis.captured.example.run(run.analysis.model)
+    if run.loss is not None and not isinstance(outputs, Tensor):
+        raise UsageError(
+            f"--schedule dcp's heads give a tensor [N, classes], and loss= takes what the model returns, a "
+            f"{type(outputs).__name__}: let the model return its class scores alone, or take another schedule"
+        )
+    _ = run.samples  # refuses at once where there is no data to score on
     run.event("heads", lambda: run.network.add_heads(_spread(run, heads), shape[1]))
     steps = torch.zeros((), dtype=torch.int64)
 

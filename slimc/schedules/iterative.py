@@ -27,6 +27,7 @@ def iterative(run: Run, *, steps: int = 10, finetune: float = 0.5) -> Iterator[P
     demand(1, steps=steps)
     demand(0, 1, finetune=finetune)
     between = (1 - finetune) * run.options.epochs / max(1, steps - 1)
+    run.check_reachable()
     for step in range(1, steps + 1):
         run.cut(partial(run.chosen, step / steps))
         if step < steps:

@@ -33,6 +33,7 @@ def lottery(run: Run, *, fraction: float = 0.2) -> Iterator[Phase]:
     demand(0.001, 0.999, fraction=fraction)
     count = rounds(run, fraction)
     each = run.options.epochs / (count + 1)
+    run.check_reachable()
     run.keep("start")
     for number in range(1, count + 1):
         yield run.phase("train", each)

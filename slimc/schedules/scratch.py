@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from slimc.errors import UsageError
 from slimc.training.phase import Phase
@@ -41,8 +43,14 @@ def scratch(run: Run, *, same: str = "epochs") -> Iterator[Phase]:
 
 
 def draw(module: nn.Module) -> None:
-    """New weights for every module, by its own `reset_parameters`; UsageError where a parameter has none."""
+    """New weights for every module, by its own `reset_parameters`; UsageError where a parameter has none.
+
+    Parameters that do not train stay as they are.
+    """
     drawn: set[int] = set()
+    frozen = [
+        (parameter, parameter.detach().clone()) for parameter in module.parameters() if not parameter.requires_grad
+    ]
     for part in module.modules():
         own = dict(part.named_parameters(recurse=False))
         for name in _RESETS if own else ():
@@ -50,7 +58,15 @@ def draw(module: nn.Module) -> None:
             if callable(reset):
                 reset()
                 drawn.update(map(id, own.values()))
-    missing = [name for name, parameter in module.named_parameters() if id(parameter) not in drawn]
+    with torch.no_grad():
+        for parameter, before in frozen:
+            parameter.copy_(before)
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in drawn]
+    if missing and isinstance(module, GraphModule):
+        raise UsageError(
+            "--schedule scratch draws weights by the reset_parameters() of modules, and this network is trained as a "
+            "graph, which has none (slimc inspect says why its class is not kept): take another schedule"
+        )
     if missing:
         raise UsageError(
             f"--schedule scratch cannot draw {missing[0]} anew: its module has no reset_parameters(). Give the module "

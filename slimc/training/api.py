@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,8 +26,9 @@ from slimc.rewrite import rewrite
 from slimc.scores import Loss
 
 from . import schedule as registry
+from .feeds import Arrays, Pictures
 from .folder import RunFolder
-from .loop import Metric
+from .loop import Metric, check_own
 from .network import Network
 from .options import Options
 from .precision import settled
@@ -88,8 +90,9 @@ def schedule(
     compiler.check_seed(seed)
     if resume and folder is not None:
         RunFolder.check_resumable(Path(folder))
-    if not epochs > 0:
-        raise UsageError(f"epochs is {epochs}; it must be above 0")
+    if not 0 < epochs < math.inf:
+        raise UsageError(f"epochs is {epochs}; it must be a number above 0")
+    epochs = float(epochs)
     if recipe is not None and val is None and (recipe.keep == "best" or recipe.patience):
         raise UsageError("keep='best' and patience need validation data (val=)")
     notes = []
@@ -107,6 +110,11 @@ def schedule(
     planner.check_reachable(
         analysis.grouping, analysis.cost, limits, round_to=alignment, may_relax=round_to == "auto", ignored=ignored
     )
+    if analysis.captured.dynamic_shapes is None:
+        size = analysis.captured.example.count
+        data, val, test = (
+            part.in_batches_of(size) if isinstance(part, (Arrays, Pictures)) else part for part in (data, val, test)
+        )
     with stages.stage("data"):
         _check_data(analysis, data, val, test, loss, metric)
         as_graph = _trains_as_graph(analysis, round_to == "auto", alignment, ignored, recipe or Recipe(), loss)
@@ -139,7 +147,8 @@ def _check_data(
     loss: Loss | None,
     metric: Metric | None,
 ) -> None:
-    """UsageError before anything is trained, where a first batch does not fit the model."""
+    """UsageError before anything is trained, where a first batch does not fit the model, or a function of the user's
+    does not take what the model gives for it."""
     parts = (("the training data", data, loss), ("the validation data", val, metric), ("the test data", test, metric))
     if isinstance(test, Iterator):
         raise UsageError("the test data can be read only once; give a DataLoader or a list of batches")
@@ -147,7 +156,9 @@ def _check_data(
     fixed = analysis.model if captured.dynamic_shapes is None else None
     for source, batches, own in parts:
         if batches is not None and not isinstance(batches, Iterator):
-            check_first(batches, captured.example, None if own else output_shape(analysis.types), source, fixed)
+            first = check_first(batches, captured.example, None if own else output_shape(analysis.types), source, fixed)
+            if own is not None:
+                check_own(own, "loss" if own is loss and batches is data else "metric", analysis.model, first, source)
 
 
 def _trains_as_graph(

@@ -49,14 +49,19 @@ class Features:
         return hook
 
     def loss(self) -> Tensor:
-        """The mean over groups of the squared error as a share of the original's variance; forgets the values."""
+        """The mean over groups of the squared error as a share of the original's variance; forgets the values.
+
+        Over those whose layers have run in both networks: stochastic depth leaves some out.
+        """
         found = []
         for path, (axis, index) in self._kept.items():
+            if (True, path) not in self._caught or (False, path) not in self._caught:
+                continue
             goal = self._caught[False, path].index_select(axis, index.to(self._caught[False, path].device)).float()
             error = functional.mse_loss(self._caught[True, path].float(), goal)
             found.append(error / goal.var(correction=0).clamp_min(1e-12))
         self._caught.clear()
-        return torch.stack(found).mean()
+        return torch.stack(found).mean() if found else torch.zeros(())
 
     def close(self) -> None:
         """Take the hooks off."""

@@ -6,7 +6,8 @@ by, and the test part is looked at once, at the end, by the report alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def open_training(text: str, like: Example, batch_size: int | None = None) -> Fe
 
     `fashion-mnist:DIR` has 50,000 pictures to train on and 10,000 for each other part; `imagefolder:DIR` takes the
     folders train, val (or valid, validation) and test, each with a folder for each class, or splits DIR itself;
-    `digits` is scikit-learn's; `npz:FILE` holds arrays of inputs, then labels, and is split; a function gives
+    `digits` is scikit-learn's; `npz:FILE` holds arrays of inputs, then labels, in order or by the names of the model's
+    inputs and "labels", and is split; a function gives
     (train, validation) or (train, validation, test).
     """
     kind, _, rest = text.partition(":")
@@ -61,7 +63,7 @@ def open_training(text: str, like: Example, batch_size: int | None = None) -> Fe
         train, validation, test_part = (list(part.tensors) for part in (parts.train, parts.validation, parts.test))
         return Feeds(Arrays(train, asked or _DIGITS, trains=True), Arrays(validation), Arrays(test_part))
     if kind == "npz":
-        return _split(list(load_arrays(Path(rest)).values()), batch_size, Path(rest))
+        return _split(load_arrays(Path(rest)), like, batch_size, Path(rest))
     if kind == "imagefolder":
         return _folders(Path(rest), tuple(like.tensors()[0].shape[1:]), batch_size)
     if not all(part.isidentifier() for part in f"{kind}.{rest}".split(".")):
@@ -87,25 +89,38 @@ class Arrays:
     """Tensors with one row for each sample, in batches.
 
     trains: in random order, without a last, smaller batch (a batch norm over very few samples is noise).
-    augmented: pictures are mirrored and moved.
+    augmented: pictures are mirrored and moved. names: of the tensors, where batches are dictionaries.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], batch_size: int = _CHECK, *, trains: bool = False, augmented: bool = False
+        self,
+        tensors: Sequence[Tensor],
+        batch_size: int = _CHECK,
+        *,
+        trains: bool = False,
+        augmented: bool = False,
+        names: Sequence[str] = (),
     ) -> None:
         self.tensors, self.batch_size, self.trains, self.augmented = list(tensors), batch_size, trains, augmented
+        self.names, self._whole = names, trains
+
+    def in_batches_of(self, size: int) -> Arrays:
+        """The same in batches of this size alone; what is left over is not used."""
+        found = copy.copy(self)
+        found.batch_size, found._whole = size, True
+        return found
 
     def __len__(self) -> int:
-        count = len(self.tensors[0])
-        return max(1, count // self.batch_size) if self.trains else -(-count // self.batch_size)
+        return _batches(len(self.tensors[0]), self.batch_size, self._whole)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[Any]:
         count = len(self.tensors[0])
         order = torch.randperm(count) if self.trains else torch.arange(count)
         for place in range(len(self)):
             rows = order[place * self.batch_size : (place + 1) * self.batch_size]
             first, *others = (tensor[rows] for tensor in self.tensors)
-            yield (augment(first) if self.augmented else first, *others)
+            found = (augment(first) if self.augmented else first, *others)
+            yield dict(zip(self.names, found, strict=True)) if self.names else found
 
 
 class Pictures:
@@ -115,9 +130,16 @@ class Pictures:
         self, paths: Sequence[tuple[Path, int]], shape: tuple[int, ...], batch_size: int, trains: bool
     ) -> None:
         self.paths, self.shape, self.batch_size, self.trains = list(paths), shape, batch_size, trains
+        self._whole = trains
+
+    def in_batches_of(self, size: int) -> Pictures:
+        """The same in batches of this size alone; what is left over is not used."""
+        found = copy.copy(self)
+        found.batch_size, found._whole = size, True
+        return found
 
     def __len__(self) -> int:
-        return max(1, len(self.paths) // self.batch_size) if self.trains else -(-len(self.paths) // self.batch_size)
+        return _batches(len(self.paths), self.batch_size, self._whole)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.paths)).tolist() if self.trains else list(range(len(self.paths)))
@@ -125,6 +147,11 @@ class Pictures:
             chosen = [self.paths[i] for i in order[place * self.batch_size : (place + 1) * self.batch_size]]
             images = torch.stack([picture(path, self.shape) for path, _ in chosen])
             yield (augment(images) if self.trains else images), torch.tensor([label for _, label in chosen])
+
+
+def _batches(count: int, size: int, whole: bool) -> int:
+    """How many batches there are; whole: without a smaller one at the end, unless it is the only one."""
+    return max(1, count // size) if whole else -(-count // size)
 
 
 def augment(images: Tensor) -> Tensor:
@@ -139,7 +166,10 @@ def augment(images: Tensor) -> Tensor:
     return moved.permute(0, 3, 1, 2).contiguous()
 
 
-def _split(tensors: list[Tensor], batch_size: int, path: Path) -> Feeds:
+def _split(arrays: Mapping[str, Tensor], like: Example, batch_size: int, path: Path) -> Feeds:
+    tensors = list(arrays.values())
+    wanted = [name for name, value in like.kwargs.items() if isinstance(value, Tensor)]
+    names = tuple(arrays) if wanted and all(name in arrays for name in wanted) else ()
     if len(tensors) < 2 or len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].dim():
         raise UsageError(f"{path}: to train it must hold inputs, then labels, one entry of each for every sample")
     if len(tensors[0]) < 2:
@@ -147,7 +177,8 @@ def _split(tensors: list[Tensor], batch_size: int, path: Path) -> Feeds:
     order = torch.randperm(len(tensors[0]), generator=torch.Generator().manual_seed(0))
     held = max(1, round(_HELD_OUT * len(order)))
     train, validation = ([tensor[part] for tensor in tensors] for part in (order[held:], order[:held]))
-    return Feeds(Arrays(train, min(batch_size, len(train[0])), trains=True), Arrays(validation), None)
+    trained = Arrays(train, min(batch_size, len(train[0])), trains=True, names=names)
+    return Feeds(trained, Arrays(validation, names=names), None)
 
 
 def _folders(folder: Path, shape: tuple[int, ...], batch_size: int) -> Feeds:

@@ -111,6 +111,8 @@ class RunFolder:
                 yield
             finally:
                 self._remove_if_empty()
+                # Closing is not enough: workers of a DataLoader that live on have the file too.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def _remove_if_empty(self) -> None:
         """Leave no folder of a run that ended before anything was kept."""

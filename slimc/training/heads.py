@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from slimc.errors import UsageError
@@ -33,7 +34,14 @@ class Head(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         """Average over places what is above zero after the norm."""
         channels = value.movedim(self._axis, 1).reshape(len(value), self.norm.num_features, -1)
-        found: Tensor = self.linear(torch.relu(self.norm(channels)).mean(2))
+        if channels.numel() == self.norm.num_features:  # one value has no variance: a last batch of one sample
+            norm = self.norm
+            channels = functional.batch_norm(
+                channels, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+            )
+        else:
+            channels = self.norm(channels)
+        found: Tensor = self.linear(torch.relu(channels).mean(2))
         return found
 
 

@@ -1,11 +1,13 @@
 """The memory layout in which convolutions are trained: channels last, in which they are fast.
 
-A model that flattens maps with `view` runs in the other layout only. Whether one does is tried once for its code.
+A model that flattens maps with `view` runs in the other layout only. Whether one does is tried once, and again where it
+does so in training alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,14 @@ from slimc.graph.example import Example
 from slimc.graph.stateless import buffers_kept, modes_kept
 from slimc.samples import Batch
 
-_FITS: dict[frozenset[object], bool] = {}
-"""Whether models that are made of some forward functions run in channels last."""
+_FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a model runs in channels last, where that has been tried."""
+_VIEW = "view size is not compatible"
 
 
 def arrange(module: nn.Module) -> None:
     """Put a module's convolution weights into the layout that it is to be trained in."""
-    if _has_maps(module) and _FITS.get(_code(module), True):
+    if _has_maps(module) and _FITS.get(module, True):
         _turn(module, torch.channels_last)
 
 
@@ -30,14 +33,22 @@ def layout(batch: Batch, module: nn.Module) -> Batch:
     if not _has_maps(module):
         return batch
     example = batch.example.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
-    key = _code(module)
-    if key not in _FITS:
+    if module not in _FITS:
         # A graph asks for shapes, not for layouts (`capture`).
-        _FITS[key] = isinstance(module, GraphModule) or _runs(module, example)
-    if not _FITS[key]:
+        _FITS[module] = isinstance(module, GraphModule) or _runs(module, example)
+    if not _FITS[module]:
         _turn(module, torch.contiguous_format)
         return batch
     return replace(batch, example=example)
+
+
+def gives_up(module: nn.Module, error: Exception) -> bool:
+    """Whether an error in a run of the module is one of the layout, which is then the usual one from here on."""
+    if _VIEW not in str(error) or not _has_maps(module) or not _FITS.get(module, False):
+        return False
+    _FITS[module] = False
+    torch.clear_autocast_cache()  # which holds weights as they were turned
+    return True
 
 
 def _has_maps(module: nn.Module) -> bool:
@@ -48,10 +59,6 @@ def _turn(module: nn.Module, layout: torch.memory_format) -> None:
     for parameter in module.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=layout)
-
-
-def _code(module: nn.Module) -> frozenset[object]:
-    return frozenset(getattr(type(part).forward, "__code__", None) for part in module.modules())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
-from slimc.graph.stateless import modes_kept
+from slimc.graph.stateless import buffers_kept, modes_kept
 from slimc.losses import check_labels, first_output, scalar
 from slimc.onednn import Guard
 from slimc.random_state import kept_random_state
@@ -23,7 +23,7 @@ from slimc.scores import Loss
 
 from . import workers
 from .features import Features
-from .layout import layout
+from .layout import gives_up, layout
 from .precision import autocast, widened
 from .recipe import Recipe, build, factor
 from .stream import Stream
@@ -109,6 +109,8 @@ class Loop:
     def step(self) -> None:
         """One step; raises UsageError where the loss is not finite."""
         batch = self.stream.next()
+        if self.stream.began_anew and self.done and self._hooks.after_epoch:
+            self._hooks.after_epoch()
         self.module.train()
         for part in self._still:
             part.eval()
@@ -129,7 +131,7 @@ class Loop:
         if self.average is not None:
             self.average.update_parameters(self.module)
         self.total, self.seen, self.done = self.total + float(value.detach()) * weight, self.seen + 1, self.done + 1
-        if self.stream.index == len(self.stream) and self._hooks.after_epoch:
+        if self.stream.ended and self._hooks.after_epoch:
             self._hooks.after_epoch()
 
     @property
@@ -143,6 +145,8 @@ class Loop:
                 with Guard():
                     outputs = example.example.run(self._worker)
             except Exception as error:  # of the user's model
+                if gives_up(self.module, error):
+                    return self._value(batch)
                 if self._taken.issubset({batch.count}):
                     raise
                 sizes = ", ".join(map(str, sorted(self._taken)))
@@ -292,7 +296,28 @@ def evaluate(
     return total / count
 
 
+def check_own(own: Callable[[Any, Any], Any], kind: str, module: nn.Module, batch: Batch, source: str) -> None:
+    """Call a loss or metric of the user's on a first batch; UsageError where it fails, or gives no number.
+
+    kind: "loss", which sees what the model gives in training, or "metric".
+    """
+    example = batch.to(next((p.device for p in module.parameters()), None))
+    with torch.no_grad(), modes_kept(module, training=kind == "loss"), buffers_kept(module), kept_random_state():
+        try:
+            outputs = example.example.run(module)
+        except Exception:  # as of a batch norm with one sample: training, if it comes to that, says what is wrong
+            return
+        try:
+            value = own(widened(outputs), example.targets)
+        except Exception as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"{kind}= fails with {said} on batch 1 of {source}") from error
+    if kind == "metric":
+        _number(value)
+
+
 def _number(value: Any) -> float:
+    """What a metric gives, as a number; UsageError where it is none."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
@@ -302,7 +327,7 @@ def _number(value: Any) -> float:
 def top1(outputs: Any, targets: Any) -> float:
     """The share of samples whose largest output is that of their class."""
     scores = first_output(outputs)
-    check_labels(targets, len(scores), tuple(scores.shape), "a batch of the validation data")
+    check_labels(targets, len(scores), tuple(scores.shape), "a batch of the validation or test data")
     return float((scores.argmax(1) == targets).float().mean())
 
 

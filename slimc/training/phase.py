@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -140,13 +141,13 @@ class Trainer:
                 raise Interrupted(self._how_to_go_on())
             loop.step()
             self._tell()
-            ended = stream.index == len(stream)
+            ended = stream.ended or (stream.began_anew and loop.done > 1)
             if ended:
                 self._end_epoch()
             if self._run.is_due() or (ended and self._run.folder is not None):
                 self._run.save(self.state())
         loss = loop.loss if loop.loss is not None else self._last
-        if loop.done and stream.index < len(stream):  # a part of an epoch
+        if loop.done and not stream.ended:  # a part of an epoch
             self._compare()
         loop.finish()
         workers.same(self._phase.module.buffers())  # each process has batch statistics of its own
@@ -188,7 +189,7 @@ class Trainer:
             accuracy = run.accuracy_of(run.network.module)
             if accuracy is None:
                 raise UsageError("keep='best' and patience need validation data (val=)")
-            if self._best is None or accuracy > self._best:
+            if self._best is None or accuracy > self._best or math.isnan(self._best):
                 self._best, self._worse = accuracy, 0
                 self._weights = {name: t.detach().clone() for name, t in self._phase.module.state_dict().items()}
             else:

@@ -67,5 +67,10 @@ def settled(recipe: Recipe, module: nn.Module, example: Example) -> Recipe:
 
 
 def widened(outputs: Any) -> Any:
-    """Outputs of an autocast model in float32, for the loss."""
-    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
+    """Outputs of an autocast model in float32 and maps in torch's usual layout, for losses and metrics."""
+
+    def usual(tensor: Tensor) -> Tensor:
+        wide = tensor.float() if tensor.is_floating_point() else tensor
+        return wide.contiguous() if wide.dim() == 4 else wide
+
+    return pytree.tree_map_only(Tensor, usual, outputs)

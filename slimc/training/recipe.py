@@ -60,13 +60,15 @@ class Recipe:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        ranges = {
-            "warmup": (0, 1), "momentum": (0, 1), "smoothing": (0, 1), "average": (0, 1), "distil": (0, 1),
-        }  # fmt: skip
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name} is {getattr(self, name)}; wanted a number from {low} to {high}")
-        if self.rate is not None and not self.rate > 0:
+        for name in ("warmup", "momentum", "smoothing", "average", "distil", "gate_momentum"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
+        for name in ("weight_decay", "features", "patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}; wanted a number from 0 up")
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"temperature is {self.temperature}; it must be above 0")
+        if self.rate is not None and not 0 < self.rate < math.inf:
             raise UsageError(f"the learning rate is {self.rate}; it must be above 0")
         if self.average and self.keep == "best":
             raise UsageError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slimc import recover, scores
 from slimc.analysis import Analysis, Stages
+from slimc.data import Readable
 from slimc.errors import UsageError
 from slimc.graph.stateless import modes_kept
 from slimc.random_state import OwnRandomState, kept_random_state, random_state, seed_all
@@ -261,6 +262,11 @@ class Run:
                 total[group.variables] = own
         return total
 
+    def check_reachable(self) -> None:
+        """UnreachableTarget where --scorer says too little for the budget; before anything is trained."""
+        if not self._journal.is_telling and self.options.limits:
+            self.chosen()
+
     def chosen(self, progress: float = 1.0) -> Alive:
         """The channels that stay by --scorer, so that budgets hold to the degree of `progress` (`Selection.choose`)."""
         method = scores.find(self.options.scorer)
@@ -275,7 +281,8 @@ class Run:
             captured = self.analysis.captured
             fixed = captured.batch if captured.dynamic_shapes is None else None
             with kept_random_state():
-                seed_all(self.options.seed, _SAMPLES_SEED)
+                data = self._data.batches if isinstance(self._data, Readable) else self._data
+                seed_all(self.options.seed, _SAMPLES_SEED, data)
                 count = affordable(self.analysis.work)
                 self._samples = collect(self._data, captured.example, count, fixed, "training data")
         return self._samples

@@ -1,0 +1,325 @@
+"""Loaders as users have them, what their losses and metrics may do, and what is found out before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from running import begin, dataset, weights
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+import slimc
+from slimc.errors import UnreachableTarget, UsageError
+from slimc.graph.example import Example
+from slimc.training import loop
+from slimc.training.feeds import open_training
+from slimc.training.loop import Hooks
+from slimc.training.recipe import Recipe
+
+OPTIONS: dict[str, Any] = {"flops": 0.6, "epochs": 1, "round_to": 1, "recover": "none"}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training fails in the step after so many."""
+    step, done = loop.Loop.step, iter(range(steps))
+
+    def counted(self: loop.Loop) -> None:
+        if next(done, None) is None:
+            raise Stopped
+        step(self)
+
+    monkeypatch.setattr(loop.Loop, "step", counted)
+
+
+# -- loaders ------------------------------------------------------------------------------------------
+
+
+def test_a_loader_with_a_generator_of_its_own_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def data() -> DataLoader[Any]:
+        return DataLoader(dataset(), 16, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+    whole = weights(begin("iterative", data=data(), settings={"steps": 3}))
+    options = {"data": data(), "settings": {"steps": 3}, "folder": tmp_path}
+    with monkeypatch.context() as patched:
+        stopping_after(13, patched)
+        with pytest.raises(Stopped):
+            _ = begin("iterative", **options).result
+    again = weights(begin("iterative", **options | {"data": data()}, resume=True))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_workers_that_stay_serve_training_alone() -> None:
+    loader: DataLoader[Any] = DataLoader(dataset(), 16, num_workers=1, persistent_workers=True)
+    run = begin("iterative", data=loader, val=loader, settings={"steps": 3})
+    assert run.stream is not None
+    first = run.stream.next()
+    assert len(list(loader)) == 6  # as validation, or the samples of a scorer, read it
+    others = [run.stream.next() for _ in range(5)]
+    assert run.stream.ended
+    found = torch.cat([batch.example.args[0] for batch in (first, *others)])
+    assert torch.equal(found, dataset().tensors[0])
+
+
+class Longer:
+    """Says that it has more batches than it gives, or gives an empty one at the end."""
+
+    def __init__(self, empty: bool) -> None:
+        images, labels = dataset(80).tensors
+        self.batches = list(zip(images.split(16), labels.split(16), strict=True))  # type: ignore[no-untyped-call]
+        if empty:
+            self.batches.append((images[:0], labels[:0]))
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_epochs_end_where_a_loader_has_fewer_batches_than_it_says(empty: bool) -> None:
+    ends: list[int] = []
+    run = begin("one-shot", data=Longer(empty), epochs=3)
+    assert run.stream is not None
+    hooks = Hooks(after_epoch=lambda: ends.append(own.done))
+    own = loop.Loop(run.network.module, run.stream, 16, Recipe(rate=0.01), hooks=hooks)
+    for _ in range(16):
+        own.step()
+    assert ends == [5, 10, 15]
+
+
+def test_what_is_no_iterable_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="the training data is a function; wanted an iterable of batches"):
+        begin(data=lambda: [])
+    with pytest.raises(UsageError, match="the validation data is a int; wanted an iterable of batches"):
+        begin(val=5)
+
+
+def test_a_last_batch_of_one_trains_auxiliary_heads_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    x, y = torch.randn(17, 6), torch.randint(0, 3, (17,))
+    batches = list(zip(x.split(8), y.split(8), strict=True))  # type: ignore[no-untyped-call]
+    run = slimc.schedule("dcp", model, x[:2], data=batches, **OPTIONS | {"epochs": 4})
+    assert run.result.report.macs.after < run.result.report.macs.before
+
+
+def test_a_run_that_failed_leaves_its_folder_free_while_its_workers_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data: DataLoader[Any] = DataLoader(dataset(), 16, num_workers=1)
+    with monkeypatch.context() as patched:
+        stopping_after(8, patched)
+        failed = begin("one-shot", data=data, folder=tmp_path)
+        with pytest.raises(Stopped):
+            _ = failed.result
+    assert failed.stream is not None  # it is still there, with its workers
+    assert begin("one-shot", data=data, folder=tmp_path, resume=True).result.report.accuracy is not None
+
+
+# -- losses and metrics -------------------------------------------------------------------------------
+
+
+class Segmenting(nn.Module):
+    """Gives maps; cuts them into rows with `view`, in training alone."""
+
+    def __init__(self, views: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.views = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 2, 1), views
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        if self.training and self.views:
+            x = x.view(len(x), -1).view(x.shape)
+        return self.b(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_losses_metrics_and_models_may_view_maps(views: bool) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 1, 8, 8), torch.randn(4, 2, 8, 8)) for _ in range(3)]
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.mse_loss(outputs.view(-1), targets.view(-1))
+
+    def metric(outputs: Tensor, targets: Tensor) -> float:
+        return float(outputs.view(len(outputs), -1).mean())
+
+    run = slimc.schedule(
+        "one-shot", Segmenting(views), batches[0][0], data=batches, val=batches, loss=loss, metric=metric, **OPTIONS
+    )
+    assert run.result.report.accuracy is not None
+
+
+class Pooling(nn.Module):
+    """One class, two ways of reading its maps."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.flat = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8 * (64 if flat else 1), 3), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return self.b(x.view(len(x), -1) if self.flat else x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_the_layout_is_tried_for_each_model_and_not_for_its_class() -> None:
+    data: DataLoader[Any] = DataLoader(dataset(), 16)
+    for flat in (False, True):
+        run = slimc.schedule("one-shot", Pooling(flat), torch.zeros(2, 1, 8, 8), data=data, **OPTIONS)
+        assert run.result.report.macs.after < run.result.report.macs.before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": lambda o, t: o.missing}, "metric= fails with .* on batch 1 of the validation data"),
+        ({"metric": lambda o, t: (1, 2)}, "metric= returned a tuple; wanted a number"),
+        ({"loss": lambda o, t: o.missing}, "loss= fails with AttributeError.* on batch 1 of the training data"),
+        ({"epochs": math.inf}, "epochs is inf; it must be a number above 0"),
+        ({"recipe": {"patience": -1}}, "patience is -1; wanted a number from 0 up"),
+        ({"recipe": {"temperature": 0}}, "temperature is 0; it must be above 0"),
+        ({"recipe": {"gate_momentum": 2}}, "gate_momentum is 2; wanted a number from 0 to 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(options: dict[str, Any], message: str) -> None:
+    def run() -> None:
+        given = options | ({"recipe": Recipe(**options["recipe"])} if "recipe" in options else {})
+        begin("one-shot", **given)
+
+    with pytest.raises(UsageError, match=message):
+        run()
+
+
+def test_numbers_of_numpy_may_say_how_long(tmp_path: Path) -> None:
+    assert begin("one-shot", epochs=np.int64(1), folder=tmp_path).result.report.accuracy is not None
+
+
+class Named(nn.Module):
+    """Gives a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.b(torch.relu(self.a(x)))}
+
+
+def test_dcp_refuses_a_loss_that_takes_what_its_heads_do_not_give() -> None:
+    batches = [(torch.randn(8, 6), torch.zeros(8, dtype=torch.int64))]
+
+    def loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs["logits"], targets)
+
+    run = slimc.schedule("dcp", Named(), batches[0][0], data=batches, loss=loss, **OPTIONS)
+    with pytest.raises(UsageError, match=r"dcp's heads give a tensor .* a dict"):
+        _ = run.result
+
+
+def test_dcp_without_data_is_refused_before_its_first_phase() -> None:
+    run = begin("dcp", data=None, val=None)
+    with pytest.raises(UsageError, match="needs data="):
+        next(run)
+
+
+# -- methods ------------------------------------------------------------------------------------------
+
+
+def test_scratch_leaves_alone_what_does_not_train() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    first = model.get_submodule("0").requires_grad_(False)
+    batches = [(torch.randn(8, 6), torch.zeros(8, dtype=torch.int64))]
+    slim = slimc.schedule("scratch", model, batches[0][0], data=batches, **OPTIONS).result.module
+    rows = {tuple(row.tolist()) for row in first.get_parameter("weight")}
+    assert all(tuple(row.tolist()) in rows for row in slim.get_parameter("0.weight"))
+
+
+class Stochastic(nn.Module):
+    """Leaves a branch out in every other training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        self.calls += self.training
+        if not self.training or self.calls % 2:
+            x = x + torch.relu(self.b(x))
+        return self.c(x)  # type: ignore[no-any-return]
+
+
+def test_layers_that_a_step_leaves_out_are_drawn_to_nothing() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 6), torch.zeros(8, dtype=torch.int64)) for _ in range(4)]
+    run = slimc.schedule(
+        "one-shot", Stochastic(), batches[0][0], data=batches, recipe=Recipe(features=1.0, rate=0.01), **OPTIONS
+    )
+    assert run.result.report.training is not None
+
+
+@pytest.mark.parametrize("name", ["lottery", "iterative"])
+def test_a_scorer_that_says_too_little_for_the_budget_is_found_out_before_training(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 32, 3), nn.ReLU(),
+        nn.Conv2d(32, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3),
+    )  # fmt: skip
+    data: DataLoader[Any] = DataLoader(dataset(), 16)
+    whole = slimc.inspect(model, torch.zeros(2, 1, 8, 8)).macs
+    run = slimc.schedule(
+        name, model, torch.zeros(2, 1, 8, 8), data=data, scorer="bn-scale", **OPTIONS | {"flops": 0.5, "epochs": 2}
+    )
+    with pytest.raises(UnreachableTarget, match=f"of {whole / 1e3:.3g} k"):
+        next(run)
+
+
+# -- the command line's data --------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """Takes batches of four alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth = torch.relu(self.a(x))
+        return self.b(torch.stack([first, second, third, fourth]))  # type: ignore[no-any-return]
+
+
+def test_files_are_read_in_batches_of_the_only_size_that_a_model_takes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.random.randn(50, 6).astype(np.float32), y=np.zeros(50, np.int64))
+    x = torch.randn(4, 6)
+    feeds = open_training(f"npz:{tmp_path / 'data.npz'}", Example.of(x), 8)
+    run = slimc.schedule("one-shot", Fixed(), x, data=feeds.train, val=feeds.validation, **OPTIONS)
+    assert run.result.report.accuracy is not None
+
+
+def test_arrays_that_have_the_names_of_inputs_are_given_by_name(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {"labels": np.arange(12), "mask": np.ones((12, 5)), "tokens": np.zeros((12, 5), np.int64)}
+    np.savez(tmp_path / "data.npz", **arrays)
+    like = Example((), {"tokens": torch.zeros(2, 5, dtype=torch.int64), "mask": torch.ones(2, 5)})
+    feeds = open_training(f"npz:{tmp_path / 'data.npz'}", like, 4)
+    batch = next(iter(feeds.train))
+    assert batch.keys() == arrays.keys()
+    assert batch["tokens"].shape == (4, 5)
+    feeds = open_training(f"npz:{tmp_path / 'data.npz'}", Example.of(torch.zeros(2, 5)), 4)
+    assert isinstance(next(iter(feeds.train)), tuple)
