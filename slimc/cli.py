@@ -107,7 +107,6 @@ def compress(
         from . import compiler, scores
         from . import recover as recovery
         from .choose import check_norm, check_select
-        from .data import open_data
 
         targets = _targets(flops=flops, params=params, size=size, memory=memory, latency=latency)
         if scorer != "auto":
@@ -133,8 +132,7 @@ def compress(
             "progress": console.progress,
         }  # fmt: skip
         if training is None or data is None:
-            batches = None if data is None else open_data(data, example)
-            slim = compiler.compress(loaded.model, example, **options, **one_cut, data=batches, name=model)
+            slim = compiler.compress(loaded.model, example, **options, **one_cut, data=data, name=model)
             _finish(console, slim, folder, overwrite, no_onnx, no_latency, threads, loaded)
             return
         from .training.command import resumable
@@ -170,7 +168,6 @@ def apply(
     with Console(quiet, as_json, stages=11) as console:
         from . import compiler
         from . import recover as recovery
-        from .data import open_data
         from .plan import Plan
 
         if not recovery.asked(recover) and (data is not None or samples is not None):
@@ -178,10 +175,9 @@ def apply(
         cut = Plan.load(plan)
         folder = _folder(out, model, overwrite)
         loaded, example = _open(console, model, arch, allow, unsafe_pickle, input, threads, seed or 0)
-        batches = None if data is None else open_data(data, example)
         slim = compiler.apply(
             loaded.model, cut, example,
-            recover=recover, data=batches, samples=samples, seed=seed, name=model, progress=console.progress,
+            recover=recover, data=data, samples=samples, seed=seed, name=model, progress=console.progress,
         )  # fmt: skip
         _finish(console, slim, folder, overwrite, no_onnx, no_latency, threads, loaded)
 

@@ -15,6 +15,7 @@ from . import recover as recovery
 from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
 from .choose import BETWEEN, How, check_norm, check_pace, check_select, choose
+from .data import open_data
 from .describe import UNFITTED, facts_of, remarks_on, report_of, results_of, versions, warnings_of
 from .errors import InternalError, UsageError
 from .exporters import machine
@@ -28,8 +29,8 @@ from .random_state import kept_random_state
 from .report import Method, TargetResult
 from .result import Compressed
 from .rewrite import rewrite, shapes_agree
-from .samples import Samples, affordable, collect, made_up
-from .synthetic import synthetic
+from .samples import FEWEST_MADE_UP, Samples, affordable, collect, made_up
+from .synthetic import PICTURES, Invented, synthetic
 from .trainable import trainable
 from .varied import are_pictures, variants
 from .verify import mixed_input, random_inputs, verify
@@ -68,7 +69,7 @@ def compress(
     normalise: str = "auto",
     select: str = "greedy",
     recover: str | Sequence[str] = "auto",
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | str | None = None,
     samples: int | None = None,
     val: Iterable[Any] | None = None,
     loss: scores.Loss | None = None,
@@ -86,14 +87,14 @@ def compress(
     ("-60%"). latency: the same of the time ("8ms") that the exported model takes in ONNX Runtime on this machine's
     CPU, batch 1, with torch's number of threads; cuts are measured until one is fast enough. round_to: widths
     become multiples of this; "auto" takes what this machine's runtime likes and gives way where the budget needs
-    it. data: batches to score and recover on, labels only where the scorer needs them, up to `samples` of them;
-    without it pictures or tokens are made up. scorer: "auto" is `obs` where there are samples, else `magnitude`;
-    with recover "none" none are made up for it. recover: "auto" (all that the samples allow), "none" or a list.
-    loss: takes outputs and targets, gives a mean over samples; cross entropy if not given. schedule, epochs, val:
-    train while cutting, on `data` with labels; see `slimc.schedule`, which also takes the methods' settings.
-    normalise: how groups are made comparable ("mean", "max", "l2", "cost", "isomorphic", "none"; "auto" is what
-    suits the scorer). select: "greedy", by one ranking, or "exact", whose widths integer programming proves to be
-    the best or near them.
+    it. data: batches to score and recover on, labels only where the scorer needs them, up to `samples` of them, or
+    what --data takes; without it pictures or tokens are made up. scorer: "auto" is `obs` where there are samples,
+    else `magnitude`; with recover "none" none are made up for it. recover: "auto" (all that the samples allow),
+    "none" or a list. loss: takes outputs and targets, gives a mean over samples; cross entropy if not given.
+    schedule, epochs, val: train while cutting, on `data` with labels; see `slimc.schedule`, which also takes the
+    methods' settings. normalise: how groups are made comparable ("mean", "max", "l2", "cost", "isomorphic", "none";
+    "auto" is what suits the scorer). select: "greedy", by one ranking, or "exact", whose widths integer programming
+    proves to be the best or near them.
     Raises UsageError, CaptureError, UnreachableTarget, VerificationError.
     """
     if schedule != "one-shot" or epochs is not None:
@@ -105,6 +106,8 @@ def compress(
         find(schedule)
         if latency is not None:
             raise UsageError(PACED)
+        if isinstance(data, str):
+            raise UsageError(f"data={data!r} is for one cut; to train give loaders as data= and val=")
         if epochs is None:
             raise UsageError(f"--schedule {schedule} trains: give --epochs, how often it may see the data")
         trained: Compressed = start(
@@ -120,7 +123,9 @@ def compress(
     check_norm(norm, scorer)
     if scorer == "auto" and norm != "l2":
         scorer = "magnitude"  # the only one that takes a norm
-    scores.check(scores.find("obs" if scorer == "auto" else scorer), normalise, data is not None)
+    source = _opened(data, example_inputs)
+    is_given = source is not None and not isinstance(source, Invented)
+    scores.check(scores.find("obs" if scorer == "auto" else scorer), normalise, is_given)
     if val is not None:
         raise UsageError("val is for training: give epochs too")
     stages = Stages(progress)
@@ -133,20 +138,20 @@ def compress(
     options = How(normalise, select, alignment, round_to == "auto", ignored, pace)
     check_pace(analysis, options)
     # With --recover none, data that is given is for the ranking.
-    needed = bool(wanted) or (data is not None if scorer == "auto" else scores.find(scorer).needs != "weights")
-    calibration = gather(analysis, data, samples, seed, stages) if needed else None
+    needed = bool(wanted) or (source is not None if scorer == "auto" else scores.find(scorer).needs != "weights")
+    calibration = gather(analysis, source, samples, seed, stages) if needed else None
     steps = recovery.possible(wanted, calibration)
     method = scores.find(scorer if scorer != "auto" else "obs" if calibration else "magnitude")
     if method.needs != "weights" and calibration is None:
         raise UsageError(f"--scorer {method.name} needs --data: its samples cannot be made up for these inputs")
-    extra = _beside(analysis, data, calibration, seed, stages) if steps and method.needs != "labels" else []
+    extra = _beside(analysis, calibration, seed, stages) if steps and method.needs != "labels" else []
     # What judges recovery is not scored on.
     fit = recovery.set_aside(calibration)[0] if calibration and steps else calibration
     fit = fit.with_more(extra) if fit else fit
     subject = scores.Subject(analysis.types, analysis.grouping, norm, seed, fit, loss, stages.tick)
     # Each step scores and fits again, a minute or two in a large model: for those who care enough to bring samples. Few
     # samples fit layers too loosely for that: with 32 the result was further off than by a choice at once.
-    enough = data is not None and calibration is not None and calibration.count >= _FEW
+    enough = is_given and calibration is not None and calibration.count >= _FEW
     between = fit if enough and BETWEEN in steps else None
     chosen = choose(analysis, method, subject, limits, options, stages, between)
     choice = chosen.choice
@@ -175,7 +180,7 @@ def apply(
     example_inputs: Any,
     *,
     recover: str | Sequence[str] = "none",
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | str | None = None,
     samples: int | None = None,
     seed: int | None = None,
     device: str | torch.device | None = None,
@@ -189,6 +194,7 @@ def apply(
     coupled indices no longer go together.
     """
     stages, wanted = Stages(progress), recovery.asked(recover)
+    source = _opened(data, example_inputs)
     if not isinstance(plan, Plan):
         raise UsageError(f"plan is a {type(plan).__name__}; give a Plan, such as slimc.Plan.load(path)")
     method = plan.method
@@ -205,11 +211,11 @@ def apply(
     facts = {
         "targets": plan.targets, "method": method, "versions": versions(), "source_sha256": weights_sha256(model)
     }  # fmt: skip
-    calibration = gather(analysis, data, samples, seed, stages) if wanted else None
+    calibration = gather(analysis, source, samples, seed, stages) if wanted else None
     steps = recovery.possible(wanted, calibration)
     slim = build(analysis, cut, facts, {}, chosen, stages, [UNFITTED] if wanted and not calibration else [], name)
     if calibration and steps:
-        extra = _beside(analysis, data, calibration, seed, stages)
+        extra = _beside(analysis, calibration, seed, stages)
         slim.fit(steps, calibration, extra, in_order=wanted != ("auto",))
     return slim
 
@@ -284,30 +290,46 @@ def _proof_inputs(analysis: Analysis) -> list[Example]:
     return random_inputs(captured.example, _INPUTS_OF_LARGE if is_large else _INPUTS, seed=0)
 
 
+def _opened(data: Iterable[Any] | str | None, example_inputs: Any) -> Iterable[Any] | Invented | None:
+    """The user's batches, or the kind of samples that are to be made up."""
+    if not isinstance(data, str):
+        return data
+    kind = data.removeprefix("synthetic:")
+    return open_data(data, Example.of(example_inputs)) if kind == data else Invented(kind)
+
+
 def gather(
-    analysis: Analysis, data: Iterable[Any] | None, limit: int | None, seed: int, stages: Stages
+    analysis: Analysis, data: Iterable[Any] | Invented | None, limit: int | None, seed: int, stages: Stages
 ) -> Samples | None:
-    """The samples to score and recover on: from the user's data, else made up; None where that cannot be."""
+    """The samples to score and recover on: from the user's data, else made up; None where that cannot be.
+
+    UsageError where a kind is asked for that the model does not take.
+    """
     captured = analysis.captured
     if limit is not None and not (isinstance(limit, int) and limit >= 2):
         raise UsageError(f"--samples {limit}: at least 2 are needed, one to fit on and one to judge by")
-    if data is not None:
+    kind = data.kind if isinstance(data, Invented) else None
+    if data is not None and not isinstance(data, Invented):
         fixed = captured.batch if captured.dynamic_shapes is None else None
         with stages.stage("data"):
             return collect(data, captured.example, limit or affordable(analysis.work), fixed)
     count = made_up(analysis.work) if limit is None else limit
+    if kind is not None:
+        count = count or FEWEST_MADE_UP
     if not count:
         return None
     with stages.stage("synthesise"):
-        return synthetic(captured, count, analysis.work, seed)
+        found = synthetic(captured, count, analysis.work, seed, kind)
+    if kind is not None and found is None:
+        takes = "one input of pictures" if kind in PICTURES else "tokens that a table is looked up with"
+        raise UsageError(f"--data synthetic:{kind}: this model does not take {takes}")
+    return found
 
 
-def _beside(
-    analysis: Analysis, data: Iterable[Any] | None, calibration: Samples | None, seed: int, stages: Stages
-) -> list[Samples]:
+def _beside(analysis: Analysis, calibration: Samples | None, seed: int, stages: Stages) -> list[Samples]:
     """What is made up beside the user's samples where they are few: variants of pictures; of very few, others too."""
     enough = affordable(analysis.work)
-    if data is None or calibration is None or calibration.count >= min(_FEW_PICTURES, max(enough, _FEW)):
+    if calibration is None or calibration.invented or calibration.count >= min(_FEW_PICTURES, max(enough, _FEW)):
         return []
     others = made_up(analysis.work) if calibration.count < _FEW else 0
     own = recovery.set_aside(calibration)[0]

@@ -17,7 +17,7 @@ from .errors import UsageError
 from .graph.example import Example
 
 _BATCH = 64
-_FORMS = "npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package.module:function"
+_FORMS = "npz:FILE, fashion-mnist:DIR, imagefolder:DIR, synthetic:KIND or package.module:function"
 
 
 def open_data(text: str, like: Example, batch_size: int | None = None) -> Iterable[Any]:

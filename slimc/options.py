@@ -23,7 +23,7 @@ NoOnnx = Annotated[
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="do not measure latency")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder (default: MODEL-slim)")]
 Recover = Annotated[str, typer.Option(help="auto (all that the samples allow, kept where it helps), none (the plain cut), or a list; see `slimc methods`")]  # fmt: skip  # noqa: E501
-Data = Annotated[str | None, typer.Option(help="samples to score and recover on: fashion-mnist:DIR, imagefolder:DIR, npz:FILE or package.module:function; made up if not given")]  # fmt: skip  # noqa: E501
+Data = Annotated[str | None, typer.Option(help="samples to score and recover on: fashion-mnist:DIR, imagefolder:DIR, npz:FILE or synthetic:KIND or package.module:function; made up if not given")]  # fmt: skip  # noqa: E501
 SamplesOption = Annotated[int | None, typer.Option("--samples", min=2, help="how many samples to use at most (default: up to 512, fewer for large models)")]  # fmt: skip  # noqa: E501
 Schedule = Annotated[str, typer.Option(help="how it is cut and trained; see `slimc methods`")]
 Epochs = Annotated[float | None, typer.Option(min=0.0, help="train with labels: passes over --data in all, fine-tuning included")]  # fmt: skip  # noqa: E501

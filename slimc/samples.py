@@ -18,7 +18,7 @@ LIMIT = 512
 _AFFORDABLE = 1.7e12
 _FEWEST = 32
 _MADE_UP = 5e11
-_FEWEST_MADE_UP = 20
+FEWEST_MADE_UP = 20
 _ROUNDING = 1e-9
 _TARGETS = ("labels", "label", "targets", "target")
 
@@ -29,7 +29,7 @@ def made_up(work: float) -> int:
     work: `Analysis.work`, what one sample takes.
     """
     count = int(min(LIMIT // 2, _MADE_UP / max(work, 1.0)))
-    return count if count >= _FEWEST_MADE_UP else 0
+    return count if count >= FEWEST_MADE_UP else 0
 
 
 @dataclass(frozen=True)

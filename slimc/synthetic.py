@@ -2,16 +2,20 @@
 
 Pictures are dead leaves: overlapping shapes of all sizes, each with a colour, a shade and a little grain. They have
 what makes real pictures special to a network (edges, flat parts, the same at every scale), and no content. Measured on
-networks for real pictures they are worth far more than noise, and less than real data.
+networks for real pictures they are worth far more than white noise, and less than real data. Pink noise, which has the
+spectrum of real pictures and none of their edges, is there by name. So are tokens that are all equally likely, beside
+those of falling frequency.
 
 Source: Lee, Mumford and Huang, "Occlusion Models for Natural Images" (IJCV 2001), section 4: sizes with density
-r^-3 make the statistics scale invariant. Baradad et al., "Learning to See by Looking at Noise" (NeurIPS 2021).
+r^-3 make the statistics scale invariant. Baradad et al., "Learning to See by Looking at Noise" (NeurIPS 2021), for both
+kinds of pictures.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .as_trained import has_statistics
+from .errors import UsageError
 from .graph.capture import Captured
 from .graph.example import Example
 from .graph.infer import attribute
@@ -33,6 +38,8 @@ from .varied import is_picture
 _SHAPES = 120
 _SMALLEST = 0.03
 """Radius of the smallest shape, as a share of the picture's side; the largest is the whole side."""
+_COLOUR = 0.2
+"""The share of pink noise's variance that is each channel's own."""
 _BATCH = 64
 _MATCHING_ROUNDS = 40
 _FEWEST_ROUNDS = 10
@@ -41,12 +48,27 @@ _MATCHING_RATE = 0.1
 
 Picture = npt.NDArray[np.float32]
 
+PICTURES = {"dead-leaves": "overlapping shapes", "pink-noise": "pink noise"}
+TOKENS = {"unigram": "random tokens", "uniform": "equally likely random tokens"}
 
-def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Samples | None:
+
+@dataclass(frozen=True)
+class Invented:
+    """Stands for data of a kind that is to be made up: of `PICTURES` or `TOKENS`. Raises UsageError for others."""
+
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*PICTURES, *TOKENS):
+            raise UsageError(f"--data synthetic:{self.kind}: known are {', '.join((*PICTURES, *TOKENS))}")
+
+
+def synthetic(captured: Captured, count: int, work: float, seed: int = 0, kind: str | None = None) -> Samples | None:
     """Samples of the kind that the model takes; None where its inputs are neither pictures nor tokens.
 
     captured: gives the shapes, and the vocabulary where tokens are looked up. count: how many samples.
     work: what one sample takes (`Analysis.work`); pictures are fitted to the model only where that is quick.
+    kind: of `PICTURES` or `TOKENS`, dead leaves or unigram tokens if not given; None where the model takes the others.
     """
     example = captured.example
     tensors = example.tensors()
@@ -55,9 +77,10 @@ def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Sam
     if captured.dynamic_shapes is None:
         sizes = [step] * len(sizes)
     generator, whole = np.random.default_rng(seed), captured.dynamic_shapes is None
-    if len(tensors) == 1 and is_picture(tensors[0]):
-        made = [dead_leaves(size, tuple(tensors[0].shape[1:]), generator).to(tensors[0]) for size in sizes]
-        source = "synthetic pictures of overlapping shapes"
+    if len(tensors) == 1 and is_picture(tensors[0]) and kind not in TOKENS:
+        draw = pink_noise if kind == "pink-noise" else dead_leaves
+        made = [draw(size, tuple(tensors[0].shape[1:]), generator).to(tensors[0]) for size in sizes]
+        source = f"synthetic pictures of {PICTURES[kind or 'dead-leaves']}"
         rounds = min(_MATCHING_ROUNDS, int(_MATCHING / (max(work, 1.0) * count)))
         is_precise = tensors[0].element_size() >= torch.float32.itemsize  # for small steps of an optimiser
         norms = any(has_statistics(node) for node in captured.module.graph.nodes)
@@ -66,13 +89,10 @@ def synthetic(captured: Captured, count: int, work: float, seed: int = 0) -> Sam
             source += ", fitted to the model's batch norms"
         return Samples(tuple(Batch(example.map(lambda _, own=own: own)) for own in made), source, whole, True)
     vocabularies = _vocabularies(captured.module)
-    if vocabularies and not any(t.is_floating_point() for t in example.rows()):
-        return Samples(
-            tuple(Batch(_tokens(example, size, vocabularies, generator)) for size in sizes),
-            "random tokens",
-            whole,
-            True,
-        )
+    if vocabularies and not any(t.is_floating_point() for t in example.rows()) and kind not in PICTURES:
+        kind = kind or "unigram"
+        found = (Batch(_tokens(example, size, vocabularies, generator, kind)) for size in sizes)
+        return Samples(tuple(found), TOKENS[kind], whole, True)
     return None
 
 
@@ -81,6 +101,19 @@ def dead_leaves(count: int, shape: tuple[int, ...], generator: np.random.Generat
     pictures = np.stack([_picture(shape, generator) for _ in range(count)])
     flat = pictures - pictures.mean(axis=(0, 2, 3), keepdims=True)
     return torch.from_numpy((flat / (flat.std() + 1e-6)).astype(np.float32))
+
+
+def pink_noise(count: int, shape: tuple[int, ...], generator: np.random.Generator) -> Tensor:
+    """Pictures [count, channels, height, width] with mean 0 and deviation 1 over all of them, the amplitude of a
+    frequency f falling as 1/f; the channels of a picture are alike for the most part."""
+    height, width = shape[1:]
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1 / max(height, width)
+    white = np.sqrt(1 - _COLOUR) * generator.standard_normal((count, 1, height, width))
+    white = white + np.sqrt(_COLOUR) * generator.standard_normal((count, *shape))
+    noise = np.fft.irfft2(np.fft.rfft2(white) / frequency, (height, width))
+    noise -= noise.mean(axis=(0, 2, 3), keepdims=True)
+    return torch.from_numpy((noise / (noise.std() + 1e-6)).astype(np.float32))
 
 
 def _picture(shape: tuple[int, ...], generator: np.random.Generator) -> Picture:
@@ -174,8 +207,11 @@ def _vocabularies(module: GraphModule) -> dict[int, int]:
     return found
 
 
-def _tokens(example: Example, count: int, vocabularies: dict[int, int], generator: np.random.Generator) -> Example:
-    """Tokens of falling frequency (Zipf's law) where a table is looked up; other inputs repeat the example's."""
+def _tokens(
+    example: Example, count: int, vocabularies: dict[int, int], generator: np.random.Generator, kind: str
+) -> Example:
+    """Tokens where a table is looked up, of falling frequency (Zipf's law) if unigram; other inputs repeat the
+    example's."""
     places, shared = itertools.count(), example.without_rows()
 
     def fill(tensor: Tensor) -> Tensor:
@@ -185,7 +221,7 @@ def _tokens(example: Example, count: int, vocabularies: dict[int, int], generato
         if place not in vocabularies:
             return tensor[torch.arange(count) % len(tensor)]
         rows = vocabularies[place]
-        weights = 1.0 / np.arange(1, rows + 1)
+        weights = np.ones(rows) if kind == "uniform" else 1.0 / np.arange(1, rows + 1)
         order = generator.permutation(rows)
         drawn = order[generator.choice(rows, size=(count, *tensor.shape[1:]), p=weights / weights.sum())]
         return torch.from_numpy(drawn).to(tensor)

@@ -62,6 +62,10 @@ def open_training(text: str, like: Example, batch_size: int | None = None) -> Fe
         parts = digits()
         train, validation, test_part = (list(part.tensors) for part in (parts.train, parts.validation, parts.test))
         return Feeds(Arrays(train, asked or _DIGITS, trains=True), Arrays(validation), Arrays(test_part))
+    if kind == "synthetic":
+        raise UsageError(
+            f"--data {text}: what is made up has no labels to train on; it is for one cut, without --epochs"
+        )
     if kind == "npz":
         return _split(load_arrays(Path(rest)), like, batch_size, Path(rest))
     if kind == "imagefolder":
