@@ -191,7 +191,7 @@ def test_a_function_of_the_users_own_package_gives_the_batches(tmp_path: Path, m
 @pytest.mark.parametrize("text", ["", "npz", "npz:", "module", ":function"])
 def test_a_source_without_both_parts_is_refused(text: str) -> None:
     with pytest.raises(
-        UsageError, match=r"wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR or package\.module:function"
+        UsageError, match=r"wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR, synthetic:KIND or package\.module:function"
     ):
         open_data(text, ONE)
 
