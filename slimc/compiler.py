@@ -16,7 +16,7 @@ from .analysis import Analysis, Progress, Stages, analyse
 from .budget import Target
 from .choose import BETWEEN, How, check_norm, check_pace, check_select, choose
 from .data import open_data
-from .describe import UNFITTED, facts_of, remarks_on, report_of, results_of, versions, warnings_of
+from .describe import UNFITTED, UNSEEN, facts_of, remarks_on, report_of, results_of, versions, warnings_of
 from .errors import InternalError, UsageError
 from .exporters import machine
 from .graph.cost import Costs
@@ -166,6 +166,8 @@ def compress(
         results["latency"] = chosen.latency
     described = Method(method.name, "one-shot", choice.round_to, seed)
     warnings = remarks_on(analysis, method, chosen, limits, alignment, bool(wanted) and not calibration)
+    if not needed and (source is not None or samples is not None):
+        warnings.append(f"{UNSEEN}, and --scorer {method.name} takes weights alone")
     slim = build(analysis, chosen.cut, facts, results, described, stages, warnings, name)
     slim.report = replace(slim.report, selection=chosen.selection)
     if steps and calibration:
@@ -209,11 +211,15 @@ def apply(
     schedule, multiples = str(method.get("schedule", "plan")), round_to if isinstance(round_to, int) else 1
     chosen = Method(None if scorer is None else str(scorer), schedule, multiples, seed)
     facts = {
-        "targets": plan.targets, "method": method, "versions": versions(), "source_sha256": weights_sha256(model)
+        "targets": _holding(plan.targets, _costs(analysis, cut)), "scores": plan.scores, "method": method,
+        "versions": versions(), "source_sha256": weights_sha256(model),
     }  # fmt: skip
     calibration = gather(analysis, source, samples, seed, stages) if wanted else None
     steps = recovery.possible(wanted, calibration)
-    slim = build(analysis, cut, facts, {}, chosen, stages, [UNFITTED] if wanted and not calibration else [], name)
+    warnings = [UNFITTED] if wanted and not calibration else []
+    if not wanted and (source is not None or samples is not None):
+        warnings.append(UNSEEN)
+    slim = build(analysis, cut, facts, {}, chosen, stages, warnings, name)
     if calibration and steps:
         extra = _beside(analysis, calibration, seed, stages)
         slim.fit(steps, calibration, extra, in_order=wanted != ("auto",))
@@ -340,6 +346,17 @@ def _beside(analysis: Analysis, calibration: Samples | None, seed: int, stages: 
         if others:
             found.append(synthetic(analysis.captured, others, analysis.work, seed))
     return [samples for samples in found if samples]
+
+
+def _holding(targets: Mapping[str, Any], costs: Costs) -> dict[str, Any]:
+    """A plan's targets without those that it does not meet since it was edited; of a latency that is not known."""
+    found = {}
+    for metric, target in targets.items():
+        got = getattr(costs, planner.METRIC.get(metric, ""), None)
+        limit = target.get("limit") if isinstance(target, dict) else None
+        if got is None or not isinstance(limit, (int, float)) or got <= limit:
+            found[metric] = target
+    return found
 
 
 def _costs(analysis: Analysis, cut: Cut) -> Costs:

@@ -29,8 +29,10 @@ def open_data(text: str, like: Example, batch_size: int | None = None) -> Iterab
     """
     batch_size = batch_size or like.count * max(1, _BATCH // like.count)
     kind, _, rest = text.partition(":")
-    if not kind or not rest:
+    if not kind or (not rest and kind != "digits"):
         raise UsageError(f"--data {text}: wanted {_FORMS}")
+    if kind == "digits":
+        raise UsageError(f"--data {text}: digits are for training: give --epochs too")
     if kind == "npz":
         return _npz(Path(rest), batch_size, like)
     if kind == "fashion-mnist":
@@ -70,6 +72,8 @@ def _function(module: str, name: str) -> Iterable[Any]:
 
 def _is_loader(part: Any) -> bool:
     """Whether it gives batches, and is none."""
+    if isinstance(part, list) and part:  # of batches, which are tuples, lists or dictionaries themselves
+        return all(isinstance(batch, tuple | list | Mapping) for batch in part)
     return isinstance(part, Iterable) and not isinstance(part, Tensor | tuple | list | Mapping | str | np.ndarray)
 
 

@@ -94,7 +94,7 @@ def picture(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise UsageError("reading pictures needs Pillow; install it with: pip install 'slimc[vision]'") from error
+        raise UsageError("reading pictures needs Pillow; install it with: pip install pillow") from error
     channels, height, width = shape
     try:
         with Image.open(path) as image:

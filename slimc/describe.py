@@ -122,7 +122,7 @@ def report_of(
         seconds=dict(stages.seconds),
         environment=Environment(
             slimc=__version__, python=platform.python_version(), torch=torch.__version__,
-            onnxruntime=here.versions.get("onnxruntime"), platform=here.platform, cpu=here.cpu,
+            onnxruntime=machine.onnxruntime_version(), platform=here.platform, cpu=here.cpu,
             threads=torch.get_num_threads(),
             accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         ),
@@ -142,6 +142,9 @@ UNFITTED = (
 )
 
 
+UNSEEN = "data was given and not looked at: nothing is fitted (--recover none)"
+
+
 def remarks_on(
     analysis: Analysis,
     method: Scorer,
@@ -151,24 +154,32 @@ def remarks_on(
     unfitted: bool,
 ) -> list[str]:
     """What users should know of how channels were chosen."""
-    is_by_budgets = chosen.choice.round_to > 1 and chosen.latency is None
-    found = [_coarse(analysis, chosen.choice, limits)] if is_by_budgets else []
-    if chosen.choice.round_to < alignment:
-        aligned = f"widths are multiples of {chosen.choice.round_to} only"
-        found.append(f"{aligned}: the budget leaves no room for {alignment}")
+    choice = chosen.choice
+    budgets = limits if chosen.latency is None else {}
+    found = remarks_on_widths(analysis, choice.costs, choice.round_to, alignment, budgets)
     if chosen.unscored:
         names = ", ".join(analysis.groups[number].name for number in chosen.unscored)
         found.append(f"--scorer {method.name} says nothing of these groups, which stay whole: {names}")
     if unfitted:
         found.append(UNFITTED)
+    return found
+
+
+def remarks_on_widths(
+    analysis: Analysis, costs: Costs, round_to: int, alignment: int, limits: Mapping[str, float]
+) -> list[str]:
+    """That widths are smaller multiples than was asked for, and that multiples leave much of a budget unused."""
+    found = [_coarse(analysis, costs, round_to, limits)] if round_to > 1 else []
+    if round_to < alignment:
+        found.append(f"widths are multiples of {round_to} only: the budget leaves no room for {alignment}")
     return [remark for remark in found if remark]
 
 
-def _coarse(analysis: Analysis, choice: planner.Choice, limits: Mapping[str, float]) -> str:
+def _coarse(analysis: Analysis, costs: Costs, round_to: int, limits: Mapping[str, float]) -> str:
     """That multiples cost more than the budget did, where it is much, as in small networks."""
     unused: dict[str, tuple[float, float]] = {}
     for metric, limit in limits.items():
-        whole, got = (float(getattr(costs, planner.METRIC[metric])) for costs in (analysis.full, choice.costs))
+        whole, got = (float(getattr(own, planner.METRIC[metric])) for own in (analysis.full, costs))
         if limit < whole:
             unused[metric] = got / whole, limit / whole
     if not unused:
@@ -177,6 +188,6 @@ def _coarse(analysis: Analysis, choice: planner.Choice, limits: Mapping[str, flo
     if most - got <= _UNUSED:
         return ""
     return (
-        f"widths are multiples of {choice.round_to}, which leaves {100 * got:.1f}% of --{metric} where "
+        f"widths are multiples of {round_to}, which leaves {100 * got:.1f}% of --{metric} where "
         f"{100 * most:.1f}% may stay: --round-to 1 comes nearer"
     )

@@ -23,14 +23,18 @@ NoOnnx = Annotated[
 NoLatency = Annotated[bool, typer.Option("--no-latency", help="do not measure latency")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="output folder (default: MODEL-slim)")]
 Recover = Annotated[str, typer.Option(help="auto (all that the samples allow, kept where it helps), none (the plain cut), or a list; see `slimc methods`")]  # fmt: skip  # noqa: E501
-Data = Annotated[str | None, typer.Option(help="samples to score and recover on: fashion-mnist:DIR, imagefolder:DIR, npz:FILE or synthetic:KIND or package.module:function; made up if not given")]  # fmt: skip  # noqa: E501
-SamplesOption = Annotated[int | None, typer.Option("--samples", min=2, help="how many samples to use at most (default: up to 512, fewer for large models)")]  # fmt: skip  # noqa: E501
+Data = Annotated[str | None, typer.Option(help="samples to score and recover on, and to train on with --epochs: fashion-mnist:DIR, imagefolder:DIR, npz:FILE or package.module:function; synthetic:KIND is made up, as is a kind that suits the model if nothing is given")]  # fmt: skip  # noqa: E501
+ApplyData = Annotated[str | None, typer.Option("--data", help="samples to fit the kept weights on with --recover, as of `slimc compress`; made up if not given")]  # fmt: skip  # noqa: E501
+SamplesOption = Annotated[int | None, typer.Option("--samples", min=2, help="how many samples to use at most (default: up to 512, or 256 that are made up; fewer for large models)")]  # fmt: skip  # noqa: E501
 Schedule = Annotated[str, typer.Option(help="how it is cut and trained; see `slimc methods`")]
-Epochs = Annotated[float | None, typer.Option(min=0.0, help="train with labels: passes over --data in all, fine-tuning included")]  # fmt: skip  # noqa: E501
+Epochs = Annotated[float | None, typer.Option(help="train with labels: passes over --data in all, fine-tuning included")]  # fmt: skip  # noqa: E501
 BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a training batch (default 128; digits: 64); not for a function, which makes its own")]  # fmt: skip  # noqa: E501
 Rate = Annotated[float | None, typer.Option(help="peak learning rate (default: 0.05, 0.0005 with layer norms)")]
 Distil = Annotated[float, typer.Option(help="share of the training loss that draws to the original's outputs, 0 to 1")]
-Setting = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the schedule")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="a setting of the schedule; docs/training.md lists them"),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted training run (OUT-run)")]
 Seed = Annotated[int, typer.Option(min=0, max=2**62, help="seed of everything random")]
 PlanSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**62, help="seed of everything random (default: the plan's)")]  # fmt: skip  # noqa: E501

@@ -323,6 +323,14 @@ class Search:
         return float(self.scores[number][widths[number]])
 
 
+def multiple_of(grouping: Grouping, widths: Widths, round_to: int) -> int:
+    """The largest of `round_to`, its half, the half of that and so on, of which all cut widths are multiples."""
+    is_cut = widths < grouping.widths
+    while round_to > 1 and bool((is_cut & (widths % steps(grouping, round_to) != 0)).any()):
+        round_to //= 2
+    return max(1, round_to)
+
+
 def steps(grouping: Grouping, round_to: int) -> Widths:
     """Channels that must go together in each group so that the axes it shrinks stay multiples of `round_to`.
 

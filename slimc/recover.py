@@ -66,7 +66,10 @@ class Step:
     run: Run
 
 
-REGISTRY = Registry[Step]("recovery step", "slimc.recovery", ("auto", "none", "finetune"))
+FINETUNE = "finetune"
+"""No step of its own: what a schedule does with labels for the epochs that are left after its last cut."""
+
+REGISTRY = Registry[Step]("recovery step", "slimc.recovery", ("auto", "none", FINETUNE))
 steps, find = REGISTRY.all, REGISTRY.find
 
 
@@ -83,10 +86,6 @@ def step(name: str, summary: str, source: str) -> Callable[[Run], Run]:
 _LAST = "distill"
 AUTO = ("reconstruct", "bn", _LAST)
 """What `--recover auto` tries, in the order that helps most; each is kept only where it helps."""
-
-
-FINETUNE = "finetune"
-"""No step of its own: what a schedule does with labels for the epochs that are left after its last cut."""
 
 
 def asked(wanted: str | Sequence[str], *, trains: bool = False) -> tuple[str, ...]:

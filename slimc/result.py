@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from . import recover
 from .analysis import Analysis, Stages
-from .errors import OutputError
+from .errors import OutputError, UsageError
 from .exporters import latency as latency_of
 from .exporters.artifact import whole_file, whole_folder
 from .exporters.formats import onnx, pt2, safetensors
@@ -104,6 +104,11 @@ class Compressed:
         samples: how many are read at most (default: as many as are quick, up to 512). All are fitted on, and the
         result stays whatever it is; `compress` and `apply` set some aside and undo what does not help.
         """
+        if name in ("auto", "none", recover.FINETUNE):
+            raise UsageError(
+                f"recover({name!r}) is no single step: auto and none are for compress and apply, and finetune is "
+                f"training (slimc.schedule); give one of {', '.join(recover.steps())}"
+            )
         recover.find(name)
         captured = self.analysis.captured
         fixed = captured.batch if captured.dynamic_shapes is None else None

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimc import cli, compiler
+from slimc import cli, compiler, describe
 from slimc.__main__ import guarded
 from slimc.errors import VerificationError
 from slimc.exporters import machine
@@ -279,6 +279,8 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "data that nothing reads": (
         ["apply", "model.pt", "none.json", *INPUT, "--data=npz:data.npz"], 2, "give --recover auto too",
     ),
+    "digits in one cut": (["compress", "model.pt", "--flops=0.5", *INPUT, "--data=digits"], 2, "give --epochs too"),
+    "a rate of nothing": (["compress", "model.pt", "--flops=0.5", *INPUT, "--rate=0"], 2, "--rate is for training"),
     "an unset variable": (["compress", "model.pt", "--flops=0.5", *INPUT, "--data="], 2, "--data : wanted npz:FILE"),
     "a demo of nothing": (["demo", "--flops=banana", "--out=new"], 2, "--flops banana"),
     "inspecting nothing": (["inspect", "nothing.pt"], 2, "nothing.pt"),
@@ -309,6 +311,37 @@ def test_bad_usage_ends_with_its_code_and_one_message(
 @pytest.fixture(scope="module", autouse=True)
 def foreign(home: Path) -> None:
     torch.save(Foreign(), home / "foreign.pt")
+
+
+def test_several_processes_without_training_are_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert slimc("compress", "model.pt", "--flops=0.5", *INPUT) == 2
+    assert "several processes are for training" in capsys.readouterr().err
+
+
+def test_a_missing_onnxruntime_is_found_out_before_anything_slow(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert slimc("compress", "nothing.pt", "--flops=0.5", *INPUT) == 2
+    assert "pip install onnxruntime" in (said := capsys.readouterr().err)
+    assert "--no-onnx" in said
+    assert slimc("compress", "nothing.pt", "--flops=0.5", *INPUT, "--no-onnx") == 2
+    assert "nothing.pt" in capsys.readouterr().err
+
+
+def test_the_version_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert slimc("--version") == 0
+    assert capsys.readouterr().out.startswith(f"slimc {describe.versions()['slimc']}, torch {torch.__version__}")
+
+
+def test_data_that_nothing_looks_at_is_remarked_on(here: Path, tmp_path: Path) -> None:
+    command = ["compress", "model.pt", "--params=0.5", *INPUT, "--recover=none", "--scorer=magnitude", "--no-onnx"]
+    assert slimc(*command, "--data=npz:data.npz", "--no-latency", "--out", str(tmp_path / "o"), "--quiet") == 0
+    warnings = json.loads((tmp_path / "o" / "report.json").read_text())["warnings"]
+    assert any(text.startswith("data was given and not looked at") for text in warnings)
 
 
 def test_an_unknown_option_is_refused_by_the_command_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

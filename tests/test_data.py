@@ -191,7 +191,8 @@ def test_a_function_of_the_users_own_package_gives_the_batches(tmp_path: Path, m
 @pytest.mark.parametrize("text", ["", "npz", "npz:", "module", ":function"])
 def test_a_source_without_both_parts_is_refused(text: str) -> None:
     with pytest.raises(
-        UsageError, match=r"wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR, synthetic:KIND or package\.module:function"
+        UsageError,
+        match=r"wanted npz:FILE, fashion-mnist:DIR, imagefolder:DIR, synthetic:KIND or package\.module:function",
     ):
         open_data(text, ONE)
 
@@ -297,8 +298,13 @@ def test_loaders_for_training_give_what_they_train_on(tmp_path: Path, monkeypatc
         "import torch\nfrom torch.utils.data import DataLoader\n"
         "def loaders():\n    return tuple(DataLoader(torch.full((4, 3), v), batch_size=2) for v in (1.0, 2.0))\n"
     )
+    (tmp_path / "both_lists.py").write_text(
+        "import torch\n"
+        "def loaders():\n    return tuple([(torch.full((2, 3), v), torch.zeros(2))] * 2 for v in (1.0, 2.0))\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert [float(batch.mean()) for batch in open_data("both_loaders:loaders", ONE)] == [1.0, 1.0]
+    assert [float(inputs.mean()) for inputs, _ in open_data("both_lists:loaders", ONE)] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("count", [48, 100])

@@ -15,7 +15,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"slimc": "slimc", "graph": "slimc.graph", "exporters": "slimc.exporters"}
 LINKS = (ROOT / "slimc" / "graph", ROOT / "slimc" / "exporters")
-CONSOLE = {"slimc.cli", "slimc.console", "slimc.options"}  # the only modules that know the command-line libraries
+CONSOLE = {
+    "slimc.cli",
+    "slimc.commands",
+    "slimc.console",
+    "slimc.options",
+}  # the only modules that know the command-line libraries
 HELP_SECONDS = 0.5
 
 

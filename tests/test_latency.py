@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -134,9 +135,27 @@ def test_a_fixed_batch_is_used_or_refused(tmp_path: Path) -> None:
         quick(fixed, batch=2)
 
 
+def test_a_file_that_leaves_its_batch_open_takes_that_of_the_other(tmp_path: Path) -> None:
+    free, fixed = file(tmp_path / "free.onnx", 8), file(tmp_path / "fixed.onnx", 8, dynamic=False, batch=2)
+    assert quick(free, fixed).batch == 2
+
+
+def test_sizes_that_no_input_takes_are_refused(slim: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no input y; it has \w+"):
+        quick(slim, input_shapes={"y": (1, 3, 16, 16)})
+    (name,) = [own.name for own in onnx.load(slim).graph.input]
+    with pytest.raises(UsageError, match=r"its axis 2 is fixed at \d+; 99 is not possible"):
+        quick(slim, input_shapes={name: (1, 3, 99, 16)})
+    with pytest.raises(UsageError, match="its first size is 5, and the batch is to be 3"):
+        quick(slim, input_shapes={name: (5, 3, 16, 16)}, batch=3)
+
+
 def test_files_with_different_inputs_are_not_compared(tmp_path: Path, slim: Path) -> None:
+    with pytest.raises(UsageError, match="its batch axis is fixed at 4; a batch of 2 is not possible"):
+        quick(slim, file(tmp_path / "fixed.onnx", 8, dynamic=False, batch=4), batch=2)
+    program = torch.export.export(nn.Linear(6, 3), (torch.ones(2, 6),), strict=False)
     with pytest.raises(UsageError, match="takes the inputs"):
-        quick(slim, file(tmp_path / "fixed.onnx", 8, dynamic=False, batch=4))
+        quick(slim, onnx_format.export(program, tmp_path / "other.onnx").path)
 
 
 def test_whole_number_inputs_are_valid_indices_and_free_axes_must_be_given(tmp_path: Path) -> None:
@@ -174,7 +193,7 @@ def test_no_threads_and_no_batch_are_refused(slim: Path, option: str) -> None:
 
 def test_without_onnxruntime_the_message_says_what_to_install(slim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install slimc\[cpu\]"):
+    with pytest.raises(UsageError, match="pip install onnxruntime"):
         measure(slim)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 
@@ -62,6 +63,20 @@ def test_the_alignment_of_this_machine_is_that_of_its_vector_unit() -> None:
 def test_the_cpu_is_named_from_cpuinfo() -> None:
     assert machine.cpu_model(TWO_CORES_FOUR_THREADS) == "Example 9000"
     assert machine.cpu_model("") != ""
+
+
+def test_onnxruntime_has_a_version_under_any_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"):
+
+        def version(asked: str, name: str = name) -> str:
+            if asked != name:
+                raise importlib.metadata.PackageNotFoundError
+            return "9.9"
+
+        monkeypatch.setattr("importlib.metadata.version", version)
+        assert machine.onnxruntime_version() == "9.9"
+    monkeypatch.setattr("importlib.metadata.version", lambda asked: version(asked, "none"))
+    assert machine.onnxruntime_version() is None
 
 
 def test_without_onnxruntime_there_are_no_providers(monkeypatch: pytest.MonkeyPatch) -> None:

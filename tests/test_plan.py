@@ -191,6 +191,17 @@ def test_a_valid_edit_is_accepted_and_proven(slim: slimc.Compressed) -> None:
     assert smaller.report.macs.after < slim.report.macs.after
     by_group = {group.name: group.kept for group in smaller.plan.groups}
     assert by_group["conv1.weight"] == len(fewer)
+    assert smaller.plan.targets == slim.plan.targets
+    assert smaller.plan.scores == slim.plan.scores
+
+
+def test_a_target_that_an_edited_plan_does_not_meet_is_none_of_its(slim: slimc.Compressed) -> None:
+    width = residual().get_parameter("conv1.weight").shape[0]
+    plan = slim.plan
+    plan = plan.edit(slim.analysis, {group.name: range(group.width) for group in plan.groups})
+    whole = slimc.apply(residual(), plan, INPUT)
+    assert whole.module.get_parameter("conv1.weight").shape[0] == width
+    assert whole.plan.targets == {}
 
 
 @pytest.mark.parametrize("name", ["conv1.weight", "bn1.weight", "bn1.running_var", "conv2.weight"])

@@ -90,7 +90,7 @@ def test_training_leaves_the_callers_model_and_random_state_as_they_were() -> No
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert slim.report.verification.passed
-    assert slim.report.training.points[-1].phase == "finetune"
+    assert [point.phase for point in slim.report.training.points][-2:] == ["finetune", "settle"]
     assert slim.report.accuracy.data == "validation"
     assert slim.report.to_dict()["training"]["schedule"] == "iterative"
 

@@ -236,6 +236,24 @@ def test_dcp_without_data_is_refused_before_its_first_phase() -> None:
         next(run)
 
 
+# -- what is told ------------------------------------------------------------------------------------
+
+
+def test_multiples_that_gave_way_are_told_and_written_down() -> None:
+    report = begin("one-shot", flops=0.3, round_to="auto").result.report
+    small = begin("one-shot", flops=0.3, round_to=1).result
+    assert report.method.round_to < 16
+    assert any("widths are multiples of" in text for text in report.warnings)
+    assert (small.report.method.round_to, small.plan.method["round_to"]) == (1, 1)
+    assert not any("multiples" in text for text in small.report.warnings)
+
+
+def test_the_last_point_is_of_the_network_that_is_given_back() -> None:
+    report = begin("one-shot", recover="reconstruct", epochs=1).result.report
+    assert [point.phase for point in report.training.points][-2:] == ["finetune", "settle"]
+    assert report.training.points[-1].accuracy == report.accuracy.after
+
+
 # -- methods ------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from slimc import compiler, eager, planner, recover, scores
 from slimc.analysis import Analysis, Progress, Stages, analyse
 from slimc.budget import Target
 from slimc.choose import cut_of
-from slimc.describe import facts_of, results_of
+from slimc.describe import facts_of, remarks_on_widths, results_of
 from slimc.errors import UsageError
 from slimc.losses import output_shape
 from slimc.plan import weights_sha256
@@ -210,17 +210,19 @@ def _compressed(
     """The trained network as the result of one cut of the original: proven, described, with its plan."""
     network, options, analysis = run.network, run.options, run.analysis
     scorer = options.scorer if run.schedule.ranks else None
+    round_to = planner.multiple_of(analysis.grouping, network.widths, options.round_to)
     how = {
         "scorer": scorer, "schedule": run.schedule.name, "epochs": options.epochs, "seed": options.seed,
-        "round_to": options.round_to, "settings": dict(options.settings), "mended": list(run.mend),
+        "round_to": round_to, "settings": dict(options.settings), "mended": list(run.mend),
     }  # fmt: skip
     facts = facts_of(model, targets, options.limits, how)
     results = results_of(targets, analysis.full, network.costs)
-    method = Method(scorer, run.schedule.name, options.round_to, options.seed)
+    method = Method(scorer, run.schedule.name, round_to, options.seed)
     warnings = list(notes) + [
         f"the gate of {place} was so small that its offset had to be limited: outputs may have moved by {moved:.2g}"
         for place, moved in network.clipped.items()
     ]
+    warnings += remarks_on_widths(analysis, network.costs, round_to, options.round_to, options.limits)
     for scorer_name in sorted(set(run.unscored.values())):
         names = ", ".join(group for group, own in run.unscored.items() if own == scorer_name)
         warnings.append(f"--scorer {scorer_name} says nothing of these groups, which stay whole: {names}")

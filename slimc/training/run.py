@@ -88,6 +88,7 @@ class Run:
         self._kept: dict[str, dict[str, Tensor]] = {}
         self._middle: Mapping[str, Any] | None = None
         self._measured_at, self._steps = 0.0, 0
+        self._settled = False
         self._began = self._saved_at = time.monotonic()
         self._samples: Samples | None = None
         self.unscored: dict[str, str] = {}  # groups by name, and the scorer that says nothing of them
@@ -128,6 +129,7 @@ class Run:
             self.merge()
             self._settle()
             self._check_reached()
+            self._look_again()
             self._result = self._finish(self)
 
     @property
@@ -363,10 +365,14 @@ class Run:
 
     def _close(self, phase: Phase) -> None:
         found = phase.metrics
-        point = TrainingPoint(phase.name, self.spent, self.share, found["loss"], found["accuracy"])
-        self.history.append(point)
+        self._add(TrainingPoint(phase.name, self.spent, self.share, found["loss"], found["accuracy"]))
         tally = {name: value.clone() for name, value in phase.tally.items()}
         self._journal.write("phase", {"spent": self.spent, "measured_at": self._measured_at, "tally": tally})
+        if self.folder is not None and (phase.name == "finetune" or phase.epochs >= 1 or self.is_due()):
+            self.save(None)
+
+    def _add(self, point: TrainingPoint) -> None:
+        self.history.append(point)
         self.log({"event": "phase", **asdict(point)})
         if point.accuracy is not None and workers.rank() == 0:
             loss = "" if point.loss is None else f", loss {point.loss:.3f}"
@@ -374,8 +380,6 @@ class Run:
                 f"  {point.phase}: {point.epochs:.3g} of {self.options.epochs:g} epochs, "
                 f"{100 * point.flops:.1f}% of the FLOPs, {self.shown(point.accuracy)}{loss}"
             )
-        if self.folder is not None and (phase.name == "finetune" or phase.epochs >= 1 or self.is_due()):
-            self.save(None)
 
     def _heed(self, phase: Phase, value: Mapping[str, Any]) -> None:
         """What a phase left behind that is not trained again."""
@@ -401,6 +405,13 @@ class Run:
         """
         if self.options.mend and self._data is not None and self._steps < _SETTLED:
             self.event("settle", lambda: self.network.refit(recover.find("bn").run, self.samples))
+            self._settled = True
+
+    def _look_again(self) -> None:
+        """A last point, where what came after the last phase has changed the network."""
+        if self._settled and self._val is not None and self.history:
+            last = replace(self.history[-1], phase="settle", loss=None, accuracy=self.accuracy_of(self.network.module))
+            self._add(last)
 
     def _check_reached(self) -> None:
         if not self.reached:
