@@ -127,8 +127,8 @@ def measure_all(before: Path, after: Path | None = None, **options: Any) -> tupl
 def _runtime() -> str:
     if importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
-            "measuring latency needs onnxruntime, which is not installed. Install it with `pip install slimc[cpu]` "
-            "or, for NVIDIA GPUs, `pip install slimc[gpu]`."
+            "measuring latency needs onnxruntime, which is not installed. Install it with "
+            "`pip install onnxruntime` or, for NVIDIA GPUs, `pip install onnxruntime-gpu`."
         )
     return "onnxruntime"
 

@@ -16,6 +16,7 @@ Simd = Literal["AVX-512", "AVX2", "other"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "numpy")
+_RUNTIMES = [name for name in _LIBRARIES if name.startswith("onnxruntime")]
 
 # ONNX Runtime's convolution kernels work on blocks of as many channels as one vector register holds floats, and fall
 # back to a slow path for widths that are no multiple of 4 (onnxruntime issue #14392); 8 suits most runtimes.
@@ -35,6 +36,12 @@ class Machine:
     platform: str
     versions: Mapping[str, str]
     providers: tuple[str, ...]
+
+
+def onnxruntime_version() -> str | None:
+    """The version of ONNX Runtime, whichever of its distributions is installed; None without it."""
+    found = _versions()
+    return next((found[name] for name in _RUNTIMES if name in found), None)
 
 
 def describe() -> Machine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,9 @@ def check_runs(path: str, session: Any, feed: Mapping[str, NDArray[Any]]) -> Non
 def feeds(sessions: Sequence[Any], request: Request) -> list[dict[str, NDArray[Any]]]:
     """Make one set of random inputs and give it to every session, by position."""
     specs = [[(value.name, value.type, tuple(value.shape)) for value in session.get_inputs()] for session in sessions]
+    _check_shapes(specs[0], request)
+    if request.batch is None and not request.shapes:
+        request = replace(request, batch=_batch_of_others(specs))
     first = [shape[0] for _, _, shape in specs[0] if shape]
     if request.batch is not None and all(isinstance(size, int) and size != request.batch for size in first):
         raise UsageError(f"{request.paths[0]}: its batch is fixed; a batch of {request.batch} is not possible")
@@ -121,6 +124,27 @@ def feeds(sessions: Sequence[Any], request: Request) -> list[dict[str, NDArray[A
         if wanted != have:
             raise UsageError(f"{path}: takes the inputs {wanted}, but {request.paths[0]} takes {have}")
     return [{name: array for (name, _, _), array in zip(spec, arrays, strict=True)} for spec in specs]
+
+
+def _batch_of_others(specs: Sequence[Sequence[tuple[str, str, tuple[int | str | None, ...]]]]) -> int | None:
+    """The batch that another file fixes where the first one leaves it open; None if there is no such one."""
+    pairs = ((own, one) for spec in specs[1:] for (_, _, own), (_, _, one) in zip(specs[0], spec, strict=False))
+    fixed = {one[0] for own, one in pairs if own and one and not isinstance(own[0], int) and isinstance(one[0], int)}
+    found = fixed.pop() if len(fixed) == 1 else None
+    return found if isinstance(found, int) else None
+
+
+def _check_shapes(spec: Sequence[tuple[str, str, tuple[int | str | None, ...]]], request: Request) -> None:
+    """UsageError for sizes of inputs that are not there, or other sizes than a file fixes."""
+    names = {name: shape for name, _, shape in spec}
+    for name, given in request.shapes.items():
+        if name not in names:
+            raise UsageError(f"{request.paths[0]} has no input {name}; it has {', '.join(names)}")
+        for axis, (asked, size) in enumerate(zip(given, names[name], strict=False)):
+            if isinstance(size, int) and asked != size:
+                raise UsageError(f"input {name}: its axis {axis} is fixed at {size}; {asked} is not possible")
+            if axis == 0 and request.batch not in (None, asked):
+                raise UsageError(f"input {name}: its first size is {asked}, and the batch is to be {request.batch}")
 
 
 def _shape(name: str, shape: tuple[int | str | None, ...], request: Request) -> tuple[int, ...]:

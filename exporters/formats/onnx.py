@@ -105,7 +105,7 @@ def open_session(path: Path) -> Any:
     except ImportError as error:
         raise UsageError(
             "running an ONNX file needs onnxruntime, which is not installed. Install it with "
-            "`pip install slimc[cpu]` or, for NVIDIA GPUs, `pip install slimc[gpu]`."
+            "`pip install onnxruntime` or, for NVIDIA GPUs, `pip install onnxruntime-gpu`."
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
