@@ -56,7 +56,9 @@ def opened(
         console.progress("note", "--unsafe-pickle: the file may run any code while it is read")
     loaded = load(model, arch=arch, allow=allow or (), unsafe_pickle=unsafe_pickle)
     console.progress("stage", "input")
-    return loaded, example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch, loaded.model, loaded.notes)
+    example = example_inputs(inputs or [], loaded.input_shape, seed, loaded.batch, loaded.model, loaded.notes)
+    console.progress("done", "input")
+    return loaded, example
 
 
 def checked_targets(**given: str | None) -> dict[str, str | None]:

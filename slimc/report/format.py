@@ -60,7 +60,7 @@ def recovery(method: str, detail: str, before: float | None, after: float | None
 
 def recovered(detail: str, before: float | None, after: float | None, kept: bool) -> str:
     """What a recovery step did, and by how much it brought the outputs nearer to the original's."""
-    if before is None or after is None:
+    if before is None or after is None or (kept and after == before):  # it did nothing, and says why
         return detail
     if not kept:
         nearer = "brought the outputs nearer to the original's but the choice of class further from it"

@@ -125,6 +125,8 @@ def schedule(
         "epochs": epochs, "settings": own, "scorer": scorer, "recover": list(mend), "round_to": str(round_to),
         "seed": seed, "recipe": vars(recipe or Recipe()), "ignore": list(ignore), "data": data_name,
     }  # fmt: skip
+    if recipe is not None and recipe.smoothing and loss is not None:
+        notes.append("labels were not smoothed: loss= does with them what it does")
     taken = settled(recipe or Recipe(), analysis.model, analysis.captured.example)
     if taken != (recipe or Recipe()):
         notes.append("trained in float32: the model does not run in bfloat16")
