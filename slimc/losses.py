@@ -13,7 +13,8 @@ from .errors import UsageError
 from .graph.infer import Types, hint
 from .scores import Loss, Subject
 
-_GIVE = "give loss= in Python, any function of (outputs, targets) that returns a scalar"
+GIVE_LOSS = "give loss= in Python, any function of (outputs, targets) that returns a scalar"
+GIVE_METRIC = "give metric= in Python, any function of (outputs, targets) that returns a number"
 
 
 def loss_of(subject: Subject) -> Loss:
@@ -57,34 +58,37 @@ def first_output(outputs: Any) -> Tensor:
     leaves = (leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     first = next(leaves, None)
     if first is None:
-        raise UsageError(f"the model has no floating-point output; {_GIVE}")
+        raise UsageError(f"the model has no floating-point output; {GIVE_LOSS}")
     return first
 
 
-def output_shape(types: Types) -> tuple[int, ...]:
-    """Sizes of the first floating-point output, in the example."""
+def output_shape(types: Types, give: str = GIVE_LOSS) -> tuple[int, ...]:
+    """Sizes of the first floating-point output, in the example. give: what to do where there is none."""
     output = next(node for node in types.captured.module.graph.nodes if node.op == "output")
     values = (node.meta.get("val") for node in output.all_input_nodes)
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             return tuple(hint(size) for size in value.shape)
-    raise UsageError(f"the model has no floating-point output to compare labels with; {_GIVE}")
+    raise UsageError(f"the model has no floating-point output to compare labels with; {give}")
 
 
-def check_labels(targets: Any, count: int, output: tuple[int, ...], where: str) -> None:
-    """Raise UsageError where targets are no class numbers for `count` samples of an output of these sizes."""
+def check_labels(targets: Any, count: int, output: tuple[int, ...], where: str, give: str = GIVE_LOSS) -> None:
+    """Raise UsageError where targets are no class numbers for `count` samples of an output of these sizes.
+
+    give: what to do where they are right for something else.
+    """
     if targets is None:
-        raise UsageError(f"{where} has no labels: let every batch be (inputs, targets), or {_GIVE}")
+        raise UsageError(f"{where} has no labels: let every batch be (inputs, targets), or {give}")
     if not isinstance(targets, Tensor):
-        raise UsageError(f"the labels of {where} are a {type(targets).__name__}, not a tensor; {_GIVE}")
+        raise UsageError(f"the labels of {where} are a {type(targets).__name__}, not a tensor; {give}")
     if targets.is_floating_point() or targets.is_complex():
-        raise UsageError(f"the labels of {where} are {str(targets.dtype)[6:]}, not class numbers; {_GIVE}")
+        raise UsageError(f"the labels of {where} are {str(targets.dtype)[6:]}, not class numbers; {give}")
     wanted = (count, *output[2:])
     if len(output) < 2 or tuple(targets.shape) != wanted:
         raise UsageError(
-            f"the labels of {where} have shape {list(targets.shape)}; cross entropy with the model's first output "
-            f"{['N', *output[1:]]} takes {list(wanted) if len(output) > 1 else 'no labels'}. If that is not the loss, "
-            f"{_GIVE}"
+            f"the labels of {where} have shape {list(targets.shape)}; classes of the model's first output "
+            f"{['N', *output[1:]]} are {list(wanted) if len(output) > 1 else 'not there'}. If that is not what labels "
+            f"are compared with, {give}"
         )
     wrong = targets[(targets < 0) | (targets >= output[1])]
     if wrong.numel():

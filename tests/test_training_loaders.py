@@ -204,6 +204,20 @@ def test_what_cannot_work_is_refused_before_training(options: dict[str, Any], me
         run()
 
 
+def test_validation_without_a_metric_for_its_labels_asks_for_one() -> None:
+    batches = [(torch.randn(4, 1, 8, 8), torch.randn(4, 3)) for _ in range(2)]
+    with pytest.raises(UsageError, match="validation data are float32, not class numbers; give metric="):
+        begin("one-shot", data=batches, val=batches, loss=functional.mse_loss)
+
+
+def test_a_schedule_that_cannot_reach_a_budget_says_that_it_is_the_schedule() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    batches = [(torch.randn(8, 6), torch.zeros(8, dtype=torch.int64))]
+    with pytest.raises(UnreachableTarget, match="as far as this schedule goes"):
+        next(slimc.schedule("slimming", model, batches[0][0], data=batches, **OPTIONS | {"flops": 0.3}))
+
+
 def test_numbers_of_numpy_may_say_how_long(tmp_path: Path) -> None:
     assert begin("one-shot", epochs=np.int64(1), folder=tmp_path).result.report.accuracy is not None
 

@@ -91,6 +91,24 @@ def cdist(walk: Inference, node: Node) -> Axes:
     return (*broadcast(walk, node, [left[:-2], right[:-2]]), left[-2], right[-2])
 
 
+@infers("cosine_similarity")
+def cosine_similarity(walk: Inference, node: Node) -> Axes:
+    """Products and squares of zeros add nothing to what is summed along `dim`."""
+    call = arguments(node)
+    axes = broadcast(walk, node, [walk.axes(call["x1"]), walk.axes(call["x2"])])
+    gone = int(call["dim"]) % len(axes)
+    return tuple(axis for position, axis in enumerate(axes) if position != gone)
+
+
+@infers("pairwise_distance")
+def pairwise_distance(walk: Inference, node: Node) -> Axes:
+    """[..., features] twice -> [...]; a little is added to every difference, so that removed ones do count."""
+    call = arguments(node)
+    axes = broadcast(walk, node, [walk.axes(call["x1"]), walk.axes(call["x2"])])
+    walk.renormalise(node, axes[-1])
+    return (*axes[:-1], *walk.frozen([1])) if call["keepdim"] else axes[:-1]
+
+
 @infers("embedding_bag")
 def embedding_bag(walk: Inference, node: Node) -> tuple[Axes, ...]:
     """weight [words, features], words in bags -> [bags, features] and three tables of numbers."""

@@ -18,7 +18,7 @@ from slimc.budget import Target
 from slimc.choose import cut_of
 from slimc.describe import facts_of, remarks_on_widths, results_of
 from slimc.errors import UsageError
-from slimc.losses import output_shape
+from slimc.losses import GIVE_LOSS, GIVE_METRIC, output_shape
 from slimc.plan import weights_sha256
 from slimc.report import Accuracy, Method, Training
 from slimc.result import Compressed
@@ -158,7 +158,9 @@ def _check_data(
     fixed = analysis.model if captured.dynamic_shapes is None else None
     for source, batches, own in parts:
         if batches is not None and not isinstance(batches, Iterator):
-            first = check_first(batches, captured.example, None if own else output_shape(analysis.types), source, fixed)
+            give = GIVE_LOSS if batches is data else GIVE_METRIC
+            output = None if own else output_shape(analysis.types, give)
+            first = check_first(batches, captured.example, output, source, give, fixed)
             if own is not None:
                 check_own(own, "loss" if own is loss and batches is data else "metric", analysis.model, first, source)
 

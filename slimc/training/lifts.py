@@ -48,9 +48,10 @@ def check_reachable(network: Network, found: tuple[Place, ...], selection: Selec
     try:
         selection.choose(summed(network, found, zeros(network, found)))
     except UnreachableTarget as error:
-        if all(tensor.requires_grad for tensor in network.analysis.model.parameters()):
-            raise
-        raise UnreachableTarget(f"{error} Channels that frozen parameters make (requires_grad is off) stay.") from None
+        limit = "That is as far as this schedule goes, which cuts only channels with parameters that it acts on."
+        if not all(tensor.requires_grad for tensor in network.analysis.model.parameters()):
+            limit = "Channels that frozen parameters make (requires_grad is off) stay."
+        raise UnreachableTarget(f"{error} {limit}") from None
 
 
 def members(network: Network, found: tuple[Place, ...]) -> list[int]:

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
 from slimc.graph.stateless import buffers_kept, modes_kept
-from slimc.losses import check_labels, first_output, scalar
+from slimc.losses import GIVE_METRIC, check_labels, first_output, scalar
 from slimc.onednn import Guard
 from slimc.random_state import kept_random_state
 from slimc.samples import Batch, batch_of, check_finite
@@ -327,7 +327,7 @@ def _number(value: Any) -> float:
 def top1(outputs: Any, targets: Any) -> float:
     """The share of samples whose largest output is that of their class."""
     scores = first_output(outputs)
-    check_labels(targets, len(scores), tuple(scores.shape), "a batch of the validation or test data")
+    check_labels(targets, len(scores), tuple(scores.shape), "a batch of the validation or test data", GIVE_METRIC)
     return float((scores.argmax(1) == targets).float().mean())
 
 

@@ -119,11 +119,17 @@ def _apart(loader: Any) -> Iterable[Any]:
 
 
 def check_first(
-    data: Iterable[Any], like: Example, output: tuple[int, ...] | None, source: str, fixed: nn.Module | None = None
+    data: Iterable[Any],
+    like: Example,
+    output: tuple[int, ...] | None,
+    source: str,
+    give: str,
+    fixed: nn.Module | None = None,
 ) -> Batch:
     """Look at the first batch before anything slow; UsageError where it does not fit the model.
 
-    output: sizes of what labels are compared with; None where a loss or metric of the user's reads them.
+    output: sizes of what labels are compared with; None where a loss or metric of the user's reads them. give: what to
+    do where labels are no class numbers.
     fixed: a model that may take batches of the example's size only.
     """
     if not isinstance(data, Iterable):
@@ -138,7 +144,7 @@ def check_first(
     if fixed is not None and batch.count != like.count:
         _check_taken(fixed, batch, like, source)
     if output is not None:
-        check_labels(batch.targets, batch.count, output, f"batch 1 of {source}")
+        check_labels(batch.targets, batch.count, output, f"batch 1 of {source}", give)
     return batch
 
 

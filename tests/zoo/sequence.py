@@ -327,3 +327,15 @@ class BagOfWords(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(torch.relu(self.table(x)))
+
+
+# What is compared goes from both sides alike; one distance takes its little addition over what is left.
+@case("6: a.o b.o", "~5: c.o d.o", inputs=features(3))
+class Compared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(3, 5), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        near = nn.functional.cosine_similarity(self.a(x), self.b(x))
+        return near, nn.functional.pairwise_distance(self.c(x), self.d(x), keepdim=True)
