@@ -158,11 +158,12 @@ def _check_data(
     fixed = analysis.model if captured.dynamic_shapes is None else None
     for source, batches, own in parts:
         if batches is not None and not isinstance(batches, Iterator):
-            give = GIVE_LOSS if batches is data else GIVE_METRIC
+            trains = source == parts[0][0]
+            give = GIVE_LOSS if trains else GIVE_METRIC
             output = None if own else output_shape(analysis.types, give)
             first = check_first(batches, captured.example, output, source, give, fixed)
             if own is not None:
-                check_own(own, "loss" if own is loss and batches is data else "metric", analysis.model, first, source)
+                check_own(own, "loss" if trains else "metric", analysis.model, first, source)
 
 
 def _trains_as_graph(
