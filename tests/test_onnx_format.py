@@ -166,7 +166,7 @@ def test_what_onnx_cannot_say_is_named_and_leaves_no_file(tmp_path: Path) -> Non
 
 def test_running_without_onnxruntime_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UsageError, match=r"pip install slimc\[cpu\]"):
+    with pytest.raises(UsageError, match="pip install onnxruntime"):
         onnx_format.run(tmp_path / "m.onnx", ())
 
 
