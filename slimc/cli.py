@@ -114,14 +114,14 @@ def compress(
     """Compress MODEL until every target holds, prove the result, export and measure it."""
     # Of several processes that train together the first one speaks.
     with Console(quiet or os.environ.get("RANK", "0") != "0", as_json, stages=12) as console:
-        from . import compiler, scores
+        from . import building, compiler, scores
         from . import recover as recovery
         from .choose import check_norm, check_select
 
         targets = commands.checked_targets(flops=flops, params=params, size=size, memory=memory, latency=latency)
         if scorer != "auto":
             scores.check(scores.find(scorer), normalise, data is not None)
-        compiler.alignment_of(round_to)
+        building.alignment_of(round_to)
         check_norm(norm, scorer)
         check_select(select)
         recovery.asked(recover, trains=epochs is not None)

@@ -188,9 +188,10 @@ class Console:
             self._out.print(f"[dim]not measured on {escape(reason)}[/dim]", soft_wrap=True)
         proof = report.verification
         if proof is not None:
+            cut = f"{proof.groups} group{'' if proof.groups == 1 else 's'}"
             self._out.print(
                 "[green]✓[/green] proven: removal equals masking, largest relative error "
-                f"{proof.max_relative_error:.1e} ({proof.dtype}, {proof.inputs} inputs, {proof.groups} groups cut)",
+                f"{proof.max_relative_error:.1e} ({proof.dtype}, {proof.inputs} inputs, {cut} cut)",
                 soft_wrap=True,
             )
         if report.onnx is not None:

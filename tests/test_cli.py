@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimc import cli, compiler, describe
+from slimc import building, cli, describe
 from slimc.__main__ import guarded
 from slimc.errors import VerificationError
 from slimc.exporters import machine
@@ -385,7 +385,7 @@ def test_a_run_that_fails_late_leaves_nothing_and_says_what_happened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("SLIMC_DEBUG", raising=False)
-    monkeypatch.setattr(compiler, "verify", _raising(error))
+    monkeypatch.setattr(building, "verify", _raising(error))
     assert slimc("compress", "model.pt", "--flops=0.5", *INPUT, "-q", "--out", str(tmp_path / "out")) == code
     printed = capsys.readouterr()
     assert said in printed.err

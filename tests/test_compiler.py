@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimc
-from slimc import compiler
+from slimc import building
 from slimc.errors import CaptureError, PlanError, UnreachableTarget, UsageError, VerificationError
 from slimc.graph.example import Example
 from slimc.rewrite import Rewritten, rewrite
@@ -334,7 +334,7 @@ def _refusal_of_tampering(monkeypatch: pytest.MonkeyPatch, tamper: Callable[[Gra
         tamper(rewritten.module)
         return rewritten
 
-    monkeypatch.setattr(compiler, "rewrite", wrong)
+    monkeypatch.setattr(building, "rewrite", wrong)
     with pytest.raises(VerificationError) as refused:
         plain(seeded(ConvNet), X, flops=0.5)
     return str(refused.value)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimc import compiler, eager, planner, recover, scores
+from slimc import building, eager, planner, recover, scores
 from slimc.analysis import Analysis, Progress, Stages, analyse
 from slimc.budget import Target
 from slimc.choose import cut_of
@@ -85,9 +85,9 @@ def schedule(
     """
     method = registry.find(name)
     own = method.settings(settings or {})
-    targets = compiler.targets_of(flops=flops, params=params, size=size, memory=memory)
-    alignment, mend = compiler.alignment_of(round_to), _mending(method, recover, data)
-    compiler.check_seed(seed)
+    targets = building.targets_of(flops=flops, params=params, size=size, memory=memory)
+    alignment, mend = building.alignment_of(round_to), _mending(method, recover, data)
+    building.check_seed(seed)
     if resume and folder is not None:
         RunFolder.check_resumable(Path(folder))
     if not 0 < epochs < math.inf:
@@ -105,7 +105,7 @@ def schedule(
         raise UsageError(f"--scorer {scorer} needs data, and there is none")
     stages = Stages(progress)
     analysis = analyse(model, example_inputs, stages, device)
-    limits = compiler.limits_of(targets, analysis, stages)
+    limits = building.limits_of(targets, analysis, stages)
     ignored = tuple(analysis.matching(ignore))
     planner.check_reachable(
         analysis.grouping, analysis.cost, limits, round_to=alignment, may_relax=round_to == "auto", ignored=ignored
@@ -232,7 +232,7 @@ def _compressed(
         names = ", ".join(group for group, own in run.unscored.items() if own == scorer_name)
         warnings.append(f"--scorer {scorer_name} says nothing of these groups, which stay whole: {names}")
     with _trained(analysis, network):
-        slim = compiler.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
+        slim = building.build(analysis, network.cut_so_far, facts, results, method, run.stages, warnings, name)
     settings = {key: str(value) for key, value in options.settings.items()}
     before = run.accuracy_of(analysis.model)
     training = Training(
