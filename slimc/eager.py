@@ -27,7 +27,7 @@ from .graph.capture import tensors_only
 from .graph.example import Example
 from .graph.infer import Types, attribute, module_path
 from .graph.resize import Cut, Resizing
-from .graph.rule import arguments
+from .graph.rule import arguments, operator_name
 from .graph.stateless import buffers_kept, modes_kept
 from .random_state import kept_random_state, seed_all
 from .rewrite import Rewritten
@@ -87,7 +87,19 @@ def build(
             wanted = _expected(rewritten, example)
             if all(bool(value.isfinite().all()) for value in wanted):
                 reason = _difference(small, wanted, example)
-    return Eager(None, {}, reason) if reason else Eager(small, attributes, None)
+    return Eager(None, {}, reason + _scaled_by_size(types, rewritten)) if reason else Eager(small, attributes, None)
+
+
+def _scaled_by_size(types: Types, rewritten: Rewritten) -> str:
+    """What to do about an attention that a class scales by its head size, where that was cut; "" if there is none."""
+    for node in types.captured.module.graph.nodes:
+        if operator_name(node) != "scaled_dot_product_attention" or arguments(node)["scale"] is not None:
+            continue
+        if arguments(rewritten.twins[node])["scale"] is not None:
+            path = module_path(node)
+            where, way = (f" in {path}", f", as does --ignore {path}") if path else ("", "")
+            return f". Its attention{where} scales by the head size, which was cut: a scale= in it keeps the class{way}"
+    return ""
 
 
 def _own_attributes(model: nn.Module, attributes: Attributes) -> list[tuple[type[nn.Module], str]]:

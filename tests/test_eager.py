@@ -297,3 +297,28 @@ def test_a_difference_behind_a_small_scale_is_seen() -> None:
     assert slim.plan.attributes_note is not None
     assert "differs from the rewritten graph" in slim.plan.attributes_note
     assert float(slim.state_dict()["scale"].max()) == pytest.approx(1e-6)
+
+
+class Unscaled(Attention):
+    """Takes the scale from the head size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out(x.transpose(1, 2).flatten(2))
+        return out
+
+
+def test_an_attention_that_scales_by_its_head_size_is_named_with_what_to_do() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(10, 10), Unscaled(), nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 4))
+
+    slim = cut(seeded(make), noise(2, 5, 10), params=0.5)
+    note = slim.plan.attributes_note
+    assert slim.module is slim.graph
+    assert note is not None
+    assert "Its attention in 1 scales by the head size, which was cut" in note
+    assert "as does --ignore 1" in note
+    kept = cut(seeded(make), noise(2, 5, 10), params=0.9, ignore=("1",))
+    assert kept.module is not kept.graph
