@@ -299,21 +299,28 @@ def evaluate(
 def check_own(own: Callable[[Any, Any], Any], kind: str, module: nn.Module, batch: Batch, source: str) -> None:
     """Call a loss or metric of the user's on a first batch; UsageError where it fails, or gives no number.
 
-    kind: "loss", which sees what the model gives in training, or "metric".
+    kind: "loss", which sees what the model gives in training (at inference, where it is trained as a graph), or
+    "metric".
     """
     example = batch.to(next((p.device for p in module.parameters()), None))
-    with torch.no_grad(), modes_kept(module, training=kind == "loss"), buffers_kept(module), kept_random_state():
-        try:
-            outputs = example.example.run(module)
-        except Exception:  # as of a batch norm with one sample: training, if it comes to that, says what is wrong
-            return
-        try:
-            value = own(widened(outputs), example.targets)
-        except Exception as error:
-            said = f"{type(error).__name__}: {first_line(error)}"
-            raise UsageError(f"{kind}= fails with {said} on batch 1 of {source}") from error
-    if kind == "metric":
-        _number(value)
+    wrong: Exception | None = None
+    for training in (True, False) if kind == "loss" else (False,):
+        with torch.no_grad(), modes_kept(module, training=training), buffers_kept(module), kept_random_state():
+            try:
+                outputs = example.example.run(module)
+            except Exception:  # as of a batch norm with one sample: training, if it comes to that, says what is wrong
+                return
+            try:
+                value = own(widened(outputs), example.targets)
+            except Exception as error:
+                wrong = wrong or error
+                continue
+        if kind == "metric":
+            _number(value)
+        return
+    assert wrong is not None
+    said = f"{type(wrong).__name__}: {first_line(wrong)}"
+    raise UsageError(f"{kind}= fails with {said} on batch 1 of {source}") from wrong
 
 
 def _number(value: Any) -> float:
