@@ -22,8 +22,9 @@ from torch.nn import functional
 from slimc import scores
 from slimc.activations import watch
 from slimc.errors import UsageError
-from slimc.graph.stateless import modes_kept
+from slimc.graph.stateless import buffers_kept, modes_kept
 from slimc.losses import loss_of, output_shape
+from slimc.random_state import kept_random_state
 from slimc.readings import Sampling
 from slimc.scorers.dcp import picked
 from slimc.scores import Scores, Subject
@@ -49,12 +50,8 @@ def dcp(run: Run, *, heads: int = 3, warmup: float = 0.3) -> Iterator[Phase]:
     shape = output_shape(run.analysis.types)
     if len(shape) != 2:
         raise UsageError(f"--schedule dcp needs outputs of shape [N, classes], and these are {list(shape)}")
-    outputs = run.analysis.captured.example.run(run.analysis.model)
-    if run.loss is not None and not isinstance(outputs, Tensor):
-        raise UsageError(
-            f"--schedule dcp's heads give a tensor [N, classes], and loss= takes what the model returns, a "
-            f"{type(outputs).__name__}: let the model return its class scores alone, or take another schedule"
-        )
+    if run.loss is not None:
+        _check_returned(run)
     _ = run.samples  # refuses at once where there is no data to score on
     run.event("heads", lambda: run.network.add_heads(_spread(run, heads), shape[1]))
     steps = torch.zeros((), dtype=torch.int64)
@@ -72,6 +69,18 @@ def dcp(run: Run, *, heads: int = 3, warmup: float = 0.3) -> Iterator[Phase]:
     run.event("plain", run.network.drop_heads)
     run.cut(lambda: run.selection.choose(found.numpy()))
     yield run.phase("finetune", run.left)
+
+
+def _check_returned(run: Run) -> None:
+    """UsageError where a loss of the user's takes something else than heads give."""
+    model = run.analysis.model
+    with torch.no_grad(), modes_kept(model, training=False), buffers_kept(model), kept_random_state():
+        outputs = run.analysis.captured.example.run(model)
+    if not isinstance(outputs, Tensor):
+        raise UsageError(
+            "--schedule dcp's heads give a tensor [N, classes], and loss= takes what the model returns, a "
+            f"{type(outputs).__name__}: let the model return its class scores alone, or take another schedule"
+        )
 
 
 def _loss(run: Run, own: Tensor, targets: Any) -> Tensor:
