@@ -185,10 +185,12 @@ def _lifetimes(types: Types, number: dict[int, int], constant: set[Node]) -> tup
     entries: list[tuple[float, list[int]]] = []
     owners: list[Node] = []
     for step, node in enumerate(types.captured.module.graph.nodes):
+        if node in types.unused:
+            continue
         for source in node.all_input_nodes:
             if (owner := base.get(source)) is not None and owner in birth:
                 death[owner] = step
-        if node.op in ("get_attr", "output") or node in types.unused or types.values.get(node) is None:
+        if node.op in ("get_attr", "output") or types.values.get(node) is None:
             continue
         base[node] = _storage(node, base)
         if base[node] is not node:

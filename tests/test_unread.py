@@ -33,6 +33,9 @@ def test_a_head_that_nothing_depends_on_stays_whole_and_does_not_count(inplace: 
     analysis = slimc.inspect(model, x)
     assert [group.name for group in analysis.groups] == ["stem.weight", "body.weight"]
     assert analysis.macs == 8 * 27 * 64 + 16 * 72 * 36 + 16 * 4
+    plain = Supervised(inplace).eval()
+    plain.aux = nn.Identity()  # type: ignore[assignment]
+    assert analysis.full.memory == slimc.inspect(plain, x).full.memory
     assert "the model's output does not depend on it" in {cause.reason for cause in analysis.frozen}
     slim = slimc.compress(model, x, flops=0.5, round_to=1, recover="none", scorer="magnitude")
     assert slim.report.verification is not None
