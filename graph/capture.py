@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
-import io
 import itertools
 import keyword
 import logging
@@ -30,6 +30,9 @@ from torch.utils import _pytree as pytree
 from slimc.errors import CaptureError, UsageError, first_line
 from slimc.graph.example import Example
 from slimc.graph.stateless import buffers_kept
+
+_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch.export._trace")
+"""Loggers that say at length, before torch.export fails, what its error says."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,20 @@ def _quiet() -> Iterator[None]:
     if "TORCH_LOGS" in os.environ:
         yield
         return
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    before = [logger.disabled for logger in loggers]
+    namespace: dict[str, Any] = {}
+    with contextlib.suppress(ImportError):  # it is private to torch
+        namespace = vars(importlib.import_module("torch.export._trace"))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        for logger in loggers:
+            logger.disabled = True
+        namespace["print"] = lambda *_, **__: None
+        yield
     finally:
-        logging.disable(disabled)
+        namespace.pop("print", None)
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _captured(program: torch.export.ExportedProgram, example: Example, spec: Any | None) -> Captured:

@@ -82,7 +82,7 @@ def keep_unused(walk: Inference, solution: Solution) -> bool:
     terms = np.unique(np.concatenate(own))
     found, seen = solution.factors(terms), solution.factors(np.unique(np.concatenate(others)))
     alone = terms[np.isin(found, np.setdiff1d(found[found >= 0], seen)).any(axis=1)]
-    walk.freeze(branches[-1], alone, "the model's output does not depend on it")
+    walk.freeze(branches[-1], alone, "the model's output does not depend on it", "structure")
     return bool(alone.size)
 
 

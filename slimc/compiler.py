@@ -155,7 +155,7 @@ def compress(
         results["latency"] = chosen.latency
     described = Method(method.name, "one-shot", choice.round_to, seed)
     warnings = remarks_on(analysis, method, chosen, limits, alignment, bool(wanted) and not calibration)
-    if not needed and (source is not None or samples is not None):
+    if not needed and source is not None:
         warnings.append(f"{UNSEEN}, and --scorer {method.name} takes weights alone")
     slim = build(analysis, chosen.cut, facts, results, described, stages, warnings, name)
     slim.report = replace(slim.report, selection=chosen.selection)
@@ -206,7 +206,7 @@ def apply(
     calibration = gather(analysis, source, samples, seed, stages) if wanted else None
     steps = recovery.possible(wanted, calibration)
     warnings = [UNFITTED] if wanted and not calibration else []
-    if not wanted and (source is not None or samples is not None):
+    if not wanted and source is not None:
         warnings.append(UNSEEN)
     slim = build(analysis, cut, facts, {}, chosen, stages, warnings, name)
     if calibration and steps:

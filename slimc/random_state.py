@@ -16,10 +16,16 @@ def seed_all(seed: int, epoch: int, loader: Any = None) -> None:
     torch.manual_seed(mixed)
     np.random.seed(mixed)
     random.seed(mixed)
+    for generator in generators_of(loader):
+        generator.manual_seed(mixed)
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Those that a DataLoader and its samplers have of their own."""
     batches = getattr(loader, "batch_sampler", None)
-    for owner in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
-        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
-            generator.manual_seed(mixed)
+    owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 class kept_random_state(contextlib.ContextDecorator):

@@ -223,16 +223,19 @@ def run(
     """
     waiting = [] if in_order else [name for name in steps if name != _LAST]
     while waiting:
-        tried = {name: _try(task, name, judge, tell) for name in waiting}
-        helped = [name for name, (outcome, _) in tried.items() if outcome.kept and outcome.after < outcome.before]
-        if not helped:
-            yield from ((name, outcome) for name, (outcome, _) in tried.items())
+        tried: dict[str, Outcome] = {}
+        best, best_tensors = "", {}
+        for name in waiting:
+            tried[name], fitted = _try(task, name, judge, tell)
+            helps = tried[name].kept and tried[name].after < tried[name].before
+            if helps and (not best or tried[name].after < tried[best].after):
+                best, best_tensors = name, fitted
+        if not best:
+            yield from tried.items()
             break
-        best = min(helped, key=lambda name: tried[name][0].after)
-        outcome, fitted = tried[best]
-        task.slim.load_state_dict(fitted)
+        task.slim.load_state_dict(best_tensors)
         waiting.remove(best)
-        yield best, outcome
+        yield best, tried[best]
     for name in steps if in_order else [name for name in steps if name == _LAST]:
         outcome, fitted = _try(task, name, judge, tell)
         if outcome.kept:

@@ -60,7 +60,9 @@ class Invented:
 
     def __post_init__(self) -> None:
         if self.kind not in (*PICTURES, *TOKENS):
-            raise UsageError(f"--data synthetic:{self.kind}: known are {', '.join((*PICTURES, *TOKENS))}")
+            raise UsageError(
+                f"--data synthetic:{self.kind} is no kind of samples; known are {', '.join((*PICTURES, *TOKENS))}"
+            )
 
 
 def synthetic(captured: Captured, count: int, work: float, seed: int = 0, kind: str | None = None) -> Samples | None:

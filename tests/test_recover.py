@@ -296,7 +296,7 @@ def test_a_kind_of_made_up_samples_is_chosen_by_name() -> None:
     assert slim.plan.method["steps"] == 1  # as without data
     for text, message in (
         ("synthetic:uniform", "this model does not take tokens"),
-        ("synthetic:brown", "known are dead-leaves, pink-noise, unigram, uniform"),
+        ("synthetic:brown", "brown is no kind of samples; known are dead-leaves, pink-noise, unigram, uniform"),
     ):
         with pytest.raises(UsageError, match=message):
             slimc.compress(model, x, flops=0.6, data=text)

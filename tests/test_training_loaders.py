@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 import slimc
 from slimc.errors import UnreachableTarget, UsageError
 from slimc.graph.example import Example
+from slimc.schedules.scratch import draw
 from slimc.training import loop
-from slimc.training.feeds import open_training
+from slimc.training.feeds import Arrays, open_training
 from slimc.training.loop import Hooks
 from slimc.training.recipe import Recipe
 
@@ -45,11 +46,14 @@ def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- loaders ------------------------------------------------------------------------------------------
 
 
-def test_a_loader_with_a_generator_of_its_own_goes_on_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_loader_with_random_numbers_of_its_own_goes_on_to_the_same_weights(
+    stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def data() -> DataLoader[Any]:
-        return DataLoader(dataset(), 16, shuffle=True, generator=torch.Generator().manual_seed(1))
+        own: dict[str, Any] = {"num_workers": 1, "persistent_workers": True} if stays else {}
+        own |= {} if stays else {"generator": torch.Generator().manual_seed(1)}
+        return DataLoader(dataset(), 16, shuffle=True, **own)
 
     whole = weights(begin("iterative", data=data(), settings={"steps": 3}))
     options = {"data": data(), "settings": {"steps": 3}, "folder": tmp_path}
@@ -162,6 +166,47 @@ def test_losses_metrics_and_models_may_view_maps(views: bool) -> None:
         "one-shot", Segmenting(views), batches[0][0], data=batches, val=batches, loss=loss, metric=metric, **OPTIONS
     )
     assert run.result.report.accuracy is not None
+
+
+def test_a_loss_may_take_gradients_by_what_it_is_given() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        found = functional.cross_entropy(outputs, targets)
+        (slope,) = torch.autograd.grad(found, outputs, create_graph=True)
+        return found + slope.square().sum()
+
+    assert begin("one-shot", loss=loss).result.report.accuracy is not None
+
+
+class Viewing(nn.Module):
+    """Cuts maps into rows with `view`, in training alone, behind a norm and numbers drawn at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.d = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.2)
+        self.b, self.c = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.d(torch.relu(self.n(self.a(x))))
+        if self.training:
+            x = x.view(len(x), -1).view(x.shape)
+        return self.c(torch.relu(self.b(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_layout_that_training_does_not_take_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(**options: Any) -> Any:
+        torch.manual_seed(0)
+        data: DataLoader[Any] = DataLoader(dataset(), 16, shuffle=True)
+        return slimc.schedule(
+            "one-shot", Viewing(), torch.zeros(2, 1, 8, 8), data=data, **OPTIONS | {"epochs": 3}, **options
+        )
+
+    whole = weights(run())
+    with monkeypatch.context() as patched:
+        stopping_after(7, patched)
+        with pytest.raises(Stopped):
+            _ = run(folder=tmp_path).result
+    again = weights(run(folder=tmp_path, resume=True))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 class Pooling(nn.Module):
@@ -281,6 +326,16 @@ def test_scratch_leaves_alone_what_does_not_train() -> None:
     assert all(tuple(row.tolist()) in rows for row in slim.get_parameter("0.weight"))
 
 
+def test_drawing_anew_leaves_frozen_norms_with_what_they_saw() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+    model.get_submodule("1").requires_grad_(False)
+    model.get_buffer("1.running_mean").fill_(5.0)
+    before = model.get_parameter("0.weight").detach().clone()
+    draw(model)
+    assert bool((model.get_buffer("1.running_mean") == 5).all())
+    assert not torch.equal(model.get_parameter("0.weight"), before)
+
+
 class Stochastic(nn.Module):
     """Leaves a branch out in every other training step."""
 
@@ -343,6 +398,42 @@ def test_files_are_read_in_batches_of_the_only_size_that_a_model_takes(tmp_path:
     feeds = open_training(f"npz:{tmp_path / 'data.npz'}", Example.of(x), 8)
     run = slimc.schedule("one-shot", Fixed(), x, data=feeds.train, val=feeds.validation, **OPTIONS)
     assert run.result.report.accuracy is not None
+
+
+class Counting(nn.Module):
+    """Takes any batch, but torch.export keeps the example's: it counts them in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.b(torch.relu(self.a(x[place]))) for place in range(x.shape[0])])
+
+
+def test_files_are_read_in_batches_as_asked_where_the_model_takes_them() -> None:
+    feed = Arrays([torch.randn(64, 6), torch.zeros(64, dtype=torch.int64)], 32, trains=True)
+    run = slimc.schedule("one-shot", Counting(), torch.randn(2, 6), data=feed, **OPTIONS)
+    assert run.stream is not None
+    assert len(run.stream) == 2
+    assert run.result.report.macs.after < run.result.report.macs.before
+
+
+def test_an_error_that_has_nothing_to_do_with_sizes_is_told_as_it_is() -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.steps = nn.Linear(6, 8), nn.Linear(8, 3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += self.training
+            if self.steps > 6:
+                raise OSError("disk full")
+            return self.b(torch.relu(self.a(x)))  # type: ignore[no-any-return]
+
+    batches = [(torch.randn(size, 6), torch.zeros(size, dtype=torch.int64)) for size in (8, 5)]
+    with pytest.raises(OSError, match="disk full"):
+        _ = slimc.schedule("one-shot", Failing(), batches[0][0], data=batches, **OPTIONS | {"epochs": 9}).result
 
 
 def test_arrays_that_have_the_names_of_inputs_are_given_by_name(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_head_that_nothing_depends_on_stays_whole_and_does_not_count(inplace: 
     plain = Supervised(inplace).eval()
     plain.aux = nn.Identity()  # type: ignore[assignment]
     assert analysis.full.memory == slimc.inspect(plain, x).full.memory
-    assert "the model's output does not depend on it" in {cause.reason for cause in analysis.frozen}
+    assert not analysis.frozen  # nothing that is deployed was left alone
     slim = slimc.compress(model, x, flops=0.5, round_to=1, recover="none", scorer="magnitude")
     assert slim.report.verification is not None
     assert slim.report.verification.passed

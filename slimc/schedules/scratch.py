@@ -53,7 +53,7 @@ def draw(module: nn.Module) -> None:
     ]
     for part in module.modules():
         own = dict(part.named_parameters(recurse=False))
-        for name in _RESETS if own else ():
+        for name in _RESETS if any(parameter.requires_grad for parameter in own.values()) else ():
             reset = getattr(part, name, None)
             if callable(reset):
                 reset()

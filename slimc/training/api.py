@@ -20,9 +20,11 @@ from slimc.describe import facts_of, remarks_on_widths, results_of
 from slimc.errors import UsageError
 from slimc.losses import GIVE_LOSS, GIVE_METRIC, output_shape
 from slimc.plan import weights_sha256
+from slimc.random_state import kept_random_state
 from slimc.report import Accuracy, Method, Training
 from slimc.result import Compressed
 from slimc.rewrite import rewrite
+from slimc.samples import batch_of
 from slimc.scores import Loss
 
 from . import schedule as registry
@@ -34,7 +36,7 @@ from .options import Options
 from .precision import settled
 from .recipe import Recipe
 from .run import Run
-from .stream import check_first
+from .stream import check_first, takes
 
 MEND = ("reconstruct", "bn")
 """What `recover="auto"` does after every cut of a schedule."""
@@ -110,14 +112,10 @@ def schedule(
     planner.check_reachable(
         analysis.grouping, analysis.cost, limits, round_to=alignment, may_relax=round_to == "auto", ignored=ignored
     )
-    if analysis.captured.dynamic_shapes is None:
-        size = analysis.captured.example.count
-        data, val, test = (
-            part.in_batches_of(size) if isinstance(part, (Arrays, Pictures)) else part for part in (data, val, test)
-        )
     with stages.stage("data"):
-        _check_data(analysis, data, val, test, loss, metric)
         as_graph = _trains_as_graph(analysis, round_to == "auto", alignment, ignored, recipe or Recipe(), loss)
+        data, val, test = (_in_batches_of_the_models(analysis, part, as_graph, notes) for part in (data, val, test))
+        _check_data(analysis, data, val, test, loss, metric)
     if as_graph:
         notes.append("trained without the layers that only training uses, since these keep their sizes")
     about = {
@@ -139,6 +137,24 @@ def schedule(
         method, analysis, options, data=data, val=val, loss=loss, metric=metric, stages=stages,
         folder=None if folder is None else RunFolder(Path(folder), about), resume=resume, finish=finish,
     )  # fmt: skip
+
+
+def _in_batches_of_the_models(
+    analysis: Analysis, part: Iterable[Any] | None, as_graph: bool, notes: list[str]
+) -> Iterable[Any] | None:
+    """Files in batches of the only size that a model takes, if it takes one only."""
+    captured = analysis.captured
+    if captured.dynamic_shapes is not None or not isinstance(part, (Arrays, Pictures)):
+        return part
+    if not as_graph:
+        with kept_random_state():
+            first = next(iter(part), None)
+        if first is None or takes(analysis.model, batch_of(first, captured.example)):
+            return part
+    note = f"trained and measured in batches of {captured.example.count}, the only size that the model takes"
+    if note not in notes:
+        notes.append(note)
+    return part.in_batches_of(captured.example.count)
 
 
 def _check_data(

@@ -32,6 +32,7 @@ class Features:
         if isinstance(network.module, GraphModule):
             raise UsageError("features= needs the user's own class, and this network is a graph; leave it at 0")
         teacher, cut = network.analysis.model, network.cut_so_far
+        self._device = next(teacher.parameters()).device
         for path, (norm, axis) in last_places(network).items():
             rank = channel_axis(teacher, path, norm)
             for trained, owner in ((False, teacher), (True, network.module)):
@@ -61,7 +62,7 @@ class Features:
             error = functional.mse_loss(self._caught[True, path].float(), goal)
             found.append(error / goal.var(correction=0).clamp_min(1e-12))
         self._caught.clear()
-        return torch.stack(found).mean() if found else torch.zeros(())
+        return torch.stack(found).mean() if found else torch.zeros((), device=self._device)
 
     def close(self) -> None:
         """Take the hooks off."""

@@ -1,7 +1,6 @@
 """The memory layout in which convolutions are trained: channels last, in which they are fast.
 
-A model that flattens maps with `view` runs in the other layout only. Whether one does is tried once, and again where it
-does so in training alone.
+A model that flattens maps with `view` runs in the other layout only. Whether one does is tried once.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch.fx import GraphModule
 
 from slimc.graph.example import Example
 from slimc.graph.stateless import buffers_kept, modes_kept
+from slimc.random_state import kept_random_state
 from slimc.samples import Batch
 
 _FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -42,15 +42,6 @@ def layout(batch: Batch, module: nn.Module) -> Batch:
     return replace(batch, example=example)
 
 
-def gives_up(module: nn.Module, error: Exception) -> bool:
-    """Whether an error in a run of the module is one of the layout, which is then the usual one from here on."""
-    if _VIEW not in str(error) or not _has_maps(module) or not _FITS.get(module, False):
-        return False
-    _FITS[module] = False
-    torch.clear_autocast_cache()  # which holds weights as they were turned
-    return True
-
-
 def _has_maps(module: nn.Module) -> bool:
     return any(parameter.dim() == 4 for parameter in module.parameters())
 
@@ -63,10 +54,18 @@ def _turn(module: nn.Module, layout: torch.memory_format) -> None:
 
 @torch.no_grad()
 def _runs(module: nn.Module, example: Example) -> bool:
-    """Whether one run in eval mode, which leaves no trace, ends without an error."""
-    try:
-        with torch.random.fork_rng(devices=[]), buffers_kept(module), modes_kept(module, training=False):
-            example.map(Tensor.clone).run(module)
-    except RuntimeError:
-        return False
+    """Whether one run in eval mode ends without an error, and one in training mode without one of the layout.
+
+    They leave no trace. In training mode other things may be wrong, such as a batch norm with one sample.
+    """
+    for training in (False, True):
+        try:
+            with kept_random_state(), buffers_kept(module), modes_kept(module, training=training):
+                example.map(Tensor.clone).run(module)
+        except RuntimeError as error:
+            if not training or _VIEW in str(error):
+                return False
+        except Exception:
+            if not training:
+                raise
     return True

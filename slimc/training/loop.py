@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils import _pytree as pytree
 
 from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
@@ -23,7 +25,7 @@ from slimc.scores import Loss
 
 from . import workers
 from .features import Features
-from .layout import gives_up, layout
+from .layout import layout
 from .precision import autocast, widened
 from .recipe import Recipe, build, factor
 from .stream import Stream
@@ -145,9 +147,7 @@ class Loop:
                 with Guard():
                     outputs = example.example.run(self._worker)
             except Exception as error:  # of the user's model
-                if gives_up(self.module, error):
-                    return self._value(batch)
-                if self._taken.issubset({batch.count}):
+                if not self._taken or batch.count in self._taken:
                     raise
                 sizes = ", ".join(map(str, sorted(self._taken)))
                 raise UsageError(
@@ -303,6 +303,7 @@ def check_own(own: Callable[[Any, Any], Any], kind: str, module: nn.Module, batc
     "metric".
     """
     example = batch.to(next((p.device for p in module.parameters()), None))
+    ask = scalar(copy.deepcopy(own) if isinstance(own, nn.Module) else own) if kind == "loss" else own
     wrong: Exception | None = None
     for training in (True, False) if kind == "loss" else (False,):
         with torch.no_grad(), modes_kept(module, training=training), buffers_kept(module), kept_random_state():
@@ -311,7 +312,8 @@ def check_own(own: Callable[[Any, Any], Any], kind: str, module: nn.Module, batc
             except Exception:  # as of a batch norm with one sample: training, if it comes to that, says what is wrong
                 return
             try:
-                value = own(widened(outputs), example.targets)
+                with torch.set_grad_enabled(kind == "loss"):  # some losses take gradients by what they are given
+                    value = ask(_derivable(widened(outputs)), example.targets)
             except Exception as error:
                 wrong = wrong or error
                 continue
@@ -319,8 +321,17 @@ def check_own(own: Callable[[Any, Any], Any], kind: str, module: nn.Module, batc
             _number(value)
         return
     assert wrong is not None
+    if isinstance(wrong, UsageError):
+        raise wrong
     said = f"{type(wrong).__name__}: {first_line(wrong)}"
     raise UsageError(f"{kind}= fails with {said} on batch 1 of {source}") from wrong
+
+
+def _derivable(outputs: Any) -> Any:
+    def given(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+    return pytree.tree_map_only(Tensor, given, outputs)
 
 
 def _number(value: Any) -> float:

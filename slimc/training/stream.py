@@ -108,12 +108,15 @@ class Stream:
 
 
 def _apart(loader: Any) -> Iterable[Any]:
-    """A loader with workers of its own: persistent ones begin anew for whoever else reads it."""
+    """A loader whose workers are its own and begin with each epoch.
+
+    Persistent ones serve one reader at a time, and go on from where random numbers were, which no restart can repeat.
+    """
     if isinstance(loader, Readable):
         return Readable(_apart(loader.batches), loader.where)
     if isinstance(loader, DataLoader) and loader.persistent_workers:
         loader = copy.copy(loader)
-        loader._iterator = None  # else `iter` would take the original's back to its beginning
+        loader.__dict__.update(persistent_workers=False, _iterator=None)  # which a loader does not let be set
     found: Iterable[Any] = loader
     return found
 
@@ -148,11 +151,24 @@ def check_first(
     return batch
 
 
-def _check_taken(model: nn.Module, batch: Batch, like: Example, source: str) -> None:
+def takes(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model runs on a batch, at inference."""
+    return _fault(model, batch) is None
+
+
+def _fault(model: nn.Module, batch: Batch) -> Exception | None:
+    batch = batch.to(next((parameter.device for parameter in model.parameters()), None))
     try:
         with torch.no_grad(), modes_kept(model, training=False), buffers_kept(model), kept_random_state():
             batch.example.run(model)
     except Exception as error:  # of the user's own code
+        return error
+    return None
+
+
+def _check_taken(model: nn.Module, batch: Batch, like: Example, source: str) -> None:
+    error = _fault(model, batch)
+    if error is not None:
         raise UsageError(
             f"the model does not take batch 1 of {source}, {batch.count} samples ({first_line(error)}). Give batches "
             f"of {like.count} as in the example, all of them (drop_last=True of a DataLoader)"
