@@ -21,6 +21,7 @@ from .graph.cost import Costs
 from .graph.example import Example
 from .graph.resize import Cut
 from .pace import Pace
+from .passes import check_splits
 from .plan import Plan, scores_of, weights_sha256
 from .random_state import kept_random_state
 from .report import Method
@@ -245,18 +246,20 @@ def gather(
     if data is not None and not isinstance(data, Invented):
         fixed = captured.batch if captured.dynamic_shapes is None else None
         with stages.stage("data"):
-            return collect(data, captured.example, limit or affordable(analysis.work), fixed)
+            found = collect(data, captured.example, limit or affordable(analysis.work), fixed)
+            check_splits(captured, found)
+            return found
     count = made_up(analysis.work) if limit is None else limit
     if kind is not None:
         count = count or FEWEST_MADE_UP
     if not count:
         return None
     with stages.stage("synthesise"):
-        found = synthetic(captured, count, analysis.work, seed, kind)
-    if kind is not None and found is None:
+        made = synthetic(captured, count, analysis.work, seed, kind)
+    if kind is not None and made is None:
         takes = "one input of pictures" if kind in PICTURES else "tokens that a table is looked up with"
         raise UsageError(f"--data synthetic:{kind}: this model does not take {takes}")
-    return found
+    return made
 
 
 def _beside(analysis: Analysis, calibration: Samples | None, seed: int, stages: Stages) -> list[Samples]:

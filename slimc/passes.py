@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from .errors import UsageError
+from .errors import UsageError, first_line
+from .graph.capture import Captured
 from .graph.infer import Types, tensors_of
 from .graph.rule import operator_name
+from .graph.stateless import Stateless
 from .samples import Batch, Samples
 from .scores import Subject
 
 ACTIVATION_LIMIT = 2**29
 """Bytes of activations alive during a backward pass."""
+_FEW = 8
 _PASSES = {"dropout", "contiguous", "to", "alias", "detach", "reshape", "flatten"}
 
 
@@ -32,6 +35,26 @@ def run_graph(run: Interpreter, batch: Batch) -> Any:
     with torch.random.fork_rng():
         flat = run.run(*batch.example.copies(), enable_io_processing=False)
     return run.graph.process_outputs(flat)
+
+
+def check_splits(captured: Captured, samples: Samples) -> None:
+    """UsageError where a batch cannot be taken apart since its rows are no samples, as the nodes of a graph."""
+    batch = samples.batches[0]
+    if samples.whole or batch.count < 2:
+        return
+    with torch.no_grad():
+        try:
+            run_graph(Stateless(captured.module), batch[: min(batch.count // 2, _FEW)])
+        except Exception as error:  # the model's own
+            try:
+                run_graph(Stateless(captured.module), batch)
+            except Exception:  # what fails whole is told where it is run
+                return
+            raise UsageError(
+                f"{samples.source}: half of a batch fails ({first_line(error)}), so that its rows are no samples of "
+                "their own, as the nodes of a graph. Scoring and fitting take batches apart: leave the data out, with "
+                "--recover none"
+            ) from error
 
 
 def parts(types: Types, batch: Batch, size: int | None) -> Iterator[Batch]:

@@ -373,3 +373,27 @@ def test_pictures_are_fitted_where_norms_see_one_value_of_a_single_picture() -> 
     assert "batch norms" in made.source
     assert made.count == 65
     assert all(bool(t.isfinite().all()) for own in made.examples() for t in own.tensors())
+
+
+class GraphNetwork(nn.Module):
+    """Nodes [N, features] and edges [2, E] between them: rows that are no samples of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        out: Tensor = self.b(x + torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]))
+        return out
+
+
+def test_rows_that_are_no_samples_are_refused_where_batches_are_taken_apart() -> None:
+    torch.manual_seed(0)
+    graph = torch.randn(20, 6), torch.randint(0, 20, (2, 60))
+    model = GraphNetwork().eval()
+    options: dict[str, Any] = {"flops": 0.6, "round_to": 1}
+    with pytest.raises(UsageError, match=r"--data: half of a batch fails .* as the nodes of a graph"):
+        slimc.compress(model, graph, data=[graph] * 3, **options)
+    slim = slimc.compress(model, graph, recover="none", **options)
+    assert slim.report.macs.after <= 0.6 * slim.report.macs.before

@@ -19,6 +19,7 @@ from slimc.analysis import Analysis, Stages
 from slimc.data import Readable
 from slimc.errors import UsageError
 from slimc.graph.stateless import modes_kept
+from slimc.passes import check_splits
 from slimc.random_state import OwnRandomState, generators_of, kept_random_state, random_state, seed_all
 from slimc.recover import Task
 from slimc.report import TrainingPoint
@@ -287,9 +288,11 @@ class Run:
                 own = [(generator, generator.get_state()) for generator in generators_of(data)]
                 seed_all(self.options.seed, _SAMPLES_SEED, data)
                 count = affordable(self.analysis.work)
-                self._samples = collect(self._data, captured.example, count, fixed, "training data")
+                found = collect(self._data, captured.example, count, fixed, "training data")
                 for generator, state in own:  # the stream may be in the middle of an epoch
                     generator.set_state(state)
+            check_splits(captured, found)
+            self._samples = found
         return self._samples
 
     # -- for phases -----------------------------------------------------------------------------------
