@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import slimc
 from slimc.demo import ResidualBlock
 from slimc.random_state import kept_random_state, seed_all
+from slimc.training.loop import Loop
 from slimc.training.run import Run
 from slimc.training.schedule import schedules
 
@@ -53,3 +55,20 @@ def begin(name: str = "tick-tock", **options: Any) -> Run:
 def weights(run: Run) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = run.result.module.state_dict()
     return found
+
+
+class Stop(Exception):
+    """A crash in the middle of a run."""
+
+
+def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training ends in an error in the step after so many."""
+    step, left = Loop.step, [steps]
+
+    def crashing(self: Loop) -> None:
+        if not left[0]:
+            raise Stop
+        left[0] -= 1
+        step(self)
+
+    monkeypatch.setattr(Loop, "step", crashing)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import METHODS, begin, dataset, loaders, network, weights
+from running import METHODS, Stop, begin, crash_after, dataset, loaders, network, weights
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -23,24 +23,6 @@ from slimc.training.run import Run
 
 LABELS = torch.zeros(4, dtype=torch.long)
 IMAGES = torch.zeros(4, 1, 8, 8)
-
-
-class Stop(Exception):
-    """A crash in the middle of a run."""
-
-
-def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimc.training.loop import Loop
-
-    step, left = Loop.step, [steps]
-
-    def crashing(self: Loop) -> None:
-        if not left[0]:
-            raise Stop
-        left[0] -= 1
-        step(self)
-
-    monkeypatch.setattr(Loop, "step", crashing)
 
 
 @pytest.mark.parametrize("name", METHODS)

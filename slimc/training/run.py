@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from slimc import recover, scores
 from slimc.analysis import Analysis, Stages
-from slimc.data import Readable
 from slimc.errors import UsageError
 from slimc.graph.stateless import modes_kept
-from slimc.passes import check_splits
-from slimc.random_state import OwnRandomState, generators_of, kept_random_state, random_state, seed_all
+from slimc.random_state import OwnRandomState, kept_random_state, random_state
 from slimc.recover import Task
 from slimc.report import TrainingPoint
 from slimc.report.format import metric
-from slimc.samples import Samples, affordable, batch_of, collect
+from slimc.samples import Samples, batch_of
 from slimc.scores import Loss
 
 from . import workers
@@ -38,12 +36,11 @@ from .phase import Phase, Trainer
 from .recipe import default_rate, has_layer_norms
 from .schedule import Schedule
 from .selection import Selection
-from .stream import Stream
+from .stream import SAMPLES_SEED, Stream, training_samples
 
 _SAVED_EVERY = 60.0
 _ROUNDING = 1e-9
 _MEASURED_EVERY = 0.5
-_SAMPLES_SEED = 1_000_003
 _SETTLED = 100
 """Steps after which a batch norm's running statistics have forgotten what was before a cut (0.9 to the 100th)."""
 
@@ -95,7 +92,7 @@ class Run:
         self.unscored: dict[str, str] = {}  # groups by name, and the scorer that says nothing of them
         self._result: Any = None
         self._phases: Iterator[Phase] | None = None
-        self._own_random_state = OwnRandomState(options.seed, _SAMPLES_SEED)
+        self._own_random_state = OwnRandomState(options.seed, SAMPLES_SEED)
         self.wish = Wish()
 
     # -- for callers ----------------------------------------------------------------------------------
@@ -281,18 +278,7 @@ class Run:
         if self._samples is None:
             if self._data is None:
                 raise UsageError("this method needs data= for its scores and for mending after cuts")
-            captured = self.analysis.captured
-            fixed = captured.batch if captured.dynamic_shapes is None else None
-            with kept_random_state():
-                data = self._data.batches if isinstance(self._data, Readable) else self._data
-                own = [(generator, generator.get_state()) for generator in generators_of(data)]
-                seed_all(self.options.seed, _SAMPLES_SEED, data)
-                count = affordable(self.analysis.work)
-                found = collect(self._data, captured.example, count, fixed, "training data")
-                for generator, state in own:  # the stream may be in the middle of an epoch
-                    generator.set_state(state)
-            check_splits(captured, found)
-            self._samples = found
+            self._samples = training_samples(self._data, self.analysis, self.options.seed)
         return self._samples
 
     # -- for phases -----------------------------------------------------------------------------------

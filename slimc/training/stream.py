@@ -10,15 +10,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from slimc.analysis import Analysis
 from slimc.data import Readable
 from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
 from slimc.graph.stateless import buffers_kept, modes_kept
 from slimc.losses import check_labels
-from slimc.random_state import kept_random_state, seed_all, set_random_state
-from slimc.samples import Batch, batch_of, check_alike, check_finite
+from slimc.passes import check_splits
+from slimc.random_state import generators_of, kept_random_state, seed_all, set_random_state
+from slimc.samples import Batch, Samples, affordable, batch_of, check_alike, check_finite, collect
 
 from . import workers
+
+SAMPLES_SEED = 1_000_003
+"""In place of an epoch's number, for what is drawn apart from training."""
 
 
 class Stream:
@@ -105,6 +110,21 @@ class Stream:
         self._batches = iter(self._loader)
         for _ in range(self.index):
             next(self._batches, None)
+
+
+def training_samples(data: Iterable[Any], analysis: Analysis, seed: int) -> Samples:
+    """Some of the training data, in memory: for scores and for mending. The same whenever they are asked for."""
+    captured = analysis.captured
+    fixed = captured.batch if captured.dynamic_shapes is None else None
+    loader = data.batches if isinstance(data, Readable) else data
+    with kept_random_state():
+        own = [(generator, generator.get_state()) for generator in generators_of(loader)]
+        seed_all(seed, SAMPLES_SEED, loader)
+        found = collect(data, captured.example, affordable(analysis.work), fixed, "training data")
+        for generator, state in own:  # the stream may be in the middle of an epoch
+            generator.set_state(state)
+    check_splits(captured, found)
+    return found
 
 
 def _apart(loader: Any) -> Iterable[Any]:
