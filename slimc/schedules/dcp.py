@@ -22,12 +22,12 @@ from torch.nn import functional
 from slimc import scores
 from slimc.activations import watch
 from slimc.errors import UsageError
-from slimc.graph.stateless import buffers_kept, modes_kept
+from slimc.graph.stateless import modes_kept
 from slimc.losses import loss_of, output_shape
-from slimc.random_state import kept_random_state
 from slimc.readings import Sampling
 from slimc.scorers.dcp import picked
 from slimc.scores import Scores, Subject
+from slimc.training.aside import aside
 from slimc.training.features import channel_axis, gives_a_value, last_places
 from slimc.training.loop import Hooks
 from slimc.training.phase import Phase
@@ -74,7 +74,7 @@ def dcp(run: Run, *, heads: int = 3, warmup: float = 0.3) -> Iterator[Phase]:
 def _check_returned(run: Run) -> None:
     """UsageError where a loss of the user's takes something else than heads give."""
     model = run.analysis.model
-    with torch.no_grad(), modes_kept(model, training=False), buffers_kept(model), kept_random_state():
+    with aside(model):
         outputs = run.analysis.captured.example.run(model)
     if not isinstance(outputs, Tensor):
         raise UsageError(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from slimc.graph.example import Example
-from slimc.graph.stateless import buffers_kept, modes_kept
-from slimc.random_state import kept_random_state
 from slimc.samples import Batch
+
+from .aside import aside
 
 _FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether a model runs in channels last, where that has been tried."""
@@ -52,7 +52,6 @@ def _turn(module: nn.Module, layout: torch.memory_format) -> None:
             parameter.data = parameter.data.to(memory_format=layout)
 
 
-@torch.no_grad()
 def _runs(module: nn.Module, example: Example) -> bool:
     """Whether one run in eval mode ends without an error, and one in training mode without one of the layout.
 
@@ -60,7 +59,7 @@ def _runs(module: nn.Module, example: Example) -> bool:
     """
     for training in (False, True):
         try:
-            with kept_random_state(), buffers_kept(module), modes_kept(module, training=training):
+            with aside(module, training):
                 example.map(Tensor.clone).run(module)
         except RuntimeError as error:
             if not training or _VIEW in str(error):

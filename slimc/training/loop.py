@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
-from slimc.graph.stateless import buffers_kept, modes_kept
+from slimc.graph.stateless import modes_kept
 from slimc.losses import GIVE_METRIC, check_labels, first_output, scalar
 from slimc.onednn import Guard
 from slimc.random_state import kept_random_state
@@ -24,6 +24,7 @@ from slimc.samples import Batch, batch_of, check_finite
 from slimc.scores import Loss
 
 from . import workers
+from .aside import aside
 from .features import Features
 from .layout import layout
 from .precision import autocast, widened
@@ -306,7 +307,7 @@ def check_own(own: Callable[[Any, Any], Any], kind: str, module: nn.Module, batc
     ask = scalar(copy.deepcopy(own) if isinstance(own, nn.Module) else own) if kind == "loss" else own
     wrong: Exception | None = None
     for training in (True, False) if kind == "loss" else (False,):
-        with torch.no_grad(), modes_kept(module, training=training), buffers_kept(module), kept_random_state():
+        with aside(module, training):
             try:
                 outputs = example.example.run(module)
             except Exception:  # as of a batch norm with one sample: training, if it comes to that, says what is wrong

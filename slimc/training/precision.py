@@ -14,9 +14,8 @@ from torch.utils import _pytree as pytree
 
 from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
-from slimc.graph.stateless import buffers_kept, modes_kept
-from slimc.random_state import kept_random_state
 
+from .aside import aside
 from .recipe import Recipe
 
 
@@ -53,7 +52,7 @@ def settled(recipe: Recipe, module: nn.Module, example: Example) -> Recipe:
     """
     if _casting(recipe, module) is None:
         return recipe
-    with torch.no_grad(), modes_kept(module, training=False), buffers_kept(module), kept_random_state():
+    with aside(module):
         try:
             with autocast(recipe, module):
                 example.run(module)

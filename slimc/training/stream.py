@@ -14,13 +14,13 @@ from slimc.analysis import Analysis
 from slimc.data import Readable
 from slimc.errors import UsageError, first_line
 from slimc.graph.example import Example
-from slimc.graph.stateless import buffers_kept, modes_kept
 from slimc.losses import check_labels
 from slimc.passes import check_splits
 from slimc.random_state import generators_of, kept_random_state, seed_all, set_random_state
 from slimc.samples import Batch, Samples, affordable, batch_of, check_alike, check_finite, collect
 
 from . import workers
+from .aside import aside
 
 SAMPLES_SEED = 1_000_003
 """In place of an epoch's number, for what is drawn apart from training."""
@@ -179,7 +179,7 @@ def takes(model: nn.Module, batch: Batch) -> bool:
 def _fault(model: nn.Module, batch: Batch) -> Exception | None:
     batch = batch.to(next((parameter.device for parameter in model.parameters()), None))
     try:
-        with torch.no_grad(), modes_kept(model, training=False), buffers_kept(model), kept_random_state():
+        with aside(model):
             batch.example.run(model)
     except Exception as error:  # of the user's own code
         return error
